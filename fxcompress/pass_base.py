@@ -1,0 +1,156 @@
+"""The contract between a compression technique and the engine.
+
+A technique is a frozen dataclass that derives from :class:`Pass`. Its fields are its options. It never loops over
+passes, never copies models and never measures: it says where it would act (:meth:`Pass.sites`) and acts on one such
+place (:meth:`Pass.rewrite`). Everything else (copies, calibration, verification, records) is the engine's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import fx
+
+from fxcompress.analysis.aliasing import Aliasing, aliasing
+from fxcompress.analysis.shapes import Shapes, shapes
+from fxcompress.errors import PreconditionError
+
+__all__ = ["Example", "Guarantee", "Need", "Observation", "Observer", "Pass", "PassContext", "Refusal", "Site"]
+
+
+class Guarantee(enum.Enum):
+    """What a pass promises about the outputs; the pipeline checks each in its own way (see ``verify.py``)."""
+
+    EXACT = "exact"
+    """Equal over the real numbers; proved by running the pass again on a float64 copy."""
+
+    APPROXIMATE = "approximate"
+    """Close to the original; the error is measured on the data given, and held against the pass's own bound."""
+
+    RETRAIN = "retrain"
+    """Meant to be trained afterwards; shapes, finiteness and gradient flow are checked, the error is reported."""
+
+
+class Need(enum.Enum):
+    """What a pass cannot work without; the pipeline refuses before anything runs."""
+
+    EXAMPLE_INPUTS = "example_inputs"
+    CALIBRATION = "calibration"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Inputs the graph can be run on: ``gm(*args, **kwargs)``."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Streams over the values that one node takes on calibration data."""
+
+    def update(self, value: Any) -> None: ...
+
+    def result(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """A wish: a fresh observer from ``factory`` is to see every value of ``node``; ask for the result by ``key``."""
+
+    node: fx.Node
+    key: str
+    factory: Callable[[], Observer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place to rewrite: ``data`` is for :meth:`Pass.rewrite`, ``detail`` (plain values) goes into the report."""
+
+    node: fx.Node
+    data: Any = None
+    detail: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A place that looks like a site and is not, and why."""
+
+    node: fx.Node
+    reason: str
+
+
+class PassContext:
+    """What a pass may ask about the graph in front of it. Made anew after every change, so nothing in it is stale."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example: Example | None = None,
+        batches: Iterable[Example] | None = None,
+        statistics: Mapping[tuple[fx.Node, str], Any] | None = None,
+    ) -> None:
+        self.gm = gm
+        self.example = example
+        self.batches = batches
+        self.statistics: Mapping[tuple[fx.Node, str], Any] = statistics or {}
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Shape and dtype of every node, from one run on the example.
+
+        Raises:
+            PreconditionError: there are no example inputs to run.
+        """
+        if self.example is None:
+            raise PreconditionError("shapes were asked for but there are no example inputs; pass `example_inputs`")
+        return shapes(self.gm, self.example.args, dict(self.example.kwargs))
+
+    @cached_property
+    def aliasing(self) -> Aliasing:
+        """Which modules are shared, which parameters are tied, how often each module is called."""
+        return aliasing(self.gm)
+
+    def module(self, node: fx.Node) -> torch.nn.Module | None:
+        """The module that a ``call_module`` node calls, else ``None``."""
+        return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+class Pass:
+    """Base of every technique. Derive with ``@dataclasses.dataclass(frozen=True)``; fields are the options.
+
+    Attributes:
+        name: kebab-case name, the one in the entry-point group ``fxcompress.passes``.
+        guarantee: what the rewritten graph owes the original.
+        needs: what must be there before the pass can start.
+        repeat: look for sites again after a round of rewriting, until there are none (folding opens new places).
+    """
+
+    name: ClassVar[str]
+    guarantee: ClassVar[Guarantee]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    repeat: ClassVar[bool] = False
+
+    def requires(self, context: PassContext) -> None:
+        """Refuse the whole model by raising :class:`~fxcompress.errors.PreconditionError`. Read-only."""
+
+    def observes(self, context: PassContext) -> Iterable[Observation]:
+        """The statistics this pass wants from the calibration data; one run collects all of them. Read-only."""
+        return ()
+
+    def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
+        """Every place to rewrite and every refusal, in graph order; all global choices are made here. Read-only."""
+        raise NotImplementedError(f"{type(self).__qualname__} must say where it acts: implement sites()")
+
+    def rewrite(self, site: Site) -> Mapping[str, Any] | None:
+        """Change the graph at ``site``; what it returns (plain values) is added to the site's detail."""
+        raise NotImplementedError(f"{type(self).__qualname__} must act on its sites: implement rewrite()")
+
+    def error_bound(self) -> float | None:
+        """For APPROXIMATE passes: the largest relative error this pass declares, or ``None`` for 'just report it'."""
+        return None
