@@ -8,6 +8,7 @@ __all__ = [
     "PassError",
     "PreconditionError",
     "TraceError",
+    "TraceWarning",
     "UsageError",
     "VerificationError",
 ]
@@ -35,3 +36,7 @@ class PassError(FxCompressError):
 
 class VerificationError(FxCompressError):
     """The rewritten graph does not keep the guarantee that its pass gives."""
+
+
+class TraceWarning(UserWarning):
+    """A graph was recorded, and something about it is narrower than the model was."""

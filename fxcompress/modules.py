@@ -1,0 +1,89 @@
+"""Modules that this package puts into graphs because ``torch.nn`` has none for the purpose."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["AutogradCall", "Refill", "ScaledDotProductAttention"]
+
+
+class ScaledDotProductAttention(nn.Module):
+    """``torch.nn.functional.scaled_dot_product_attention`` whose dropout obeys ``train()`` and ``eval()``.
+
+    Args:
+        dropout: probability with which an attention weight is dropped in training mode.
+    """
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Attention; shapes and keywords as in the function, except ``dropout_p``, which is this module's."""
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, **kwargs
+        )
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
+
+
+class AutogradCall(nn.Module):
+    """One call of a ``torch.autograd.Function``, kept whole so that its own backward stays in use.
+
+    Args:
+        function: the subclass of ``torch.autograd.Function``.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        """What ``function.apply(*args)`` returns."""
+        return self.function.apply(*args)
+
+    def extra_repr(self) -> str:
+        return str(self.function.__qualname__)
+
+
+class _Hole:
+    """Stands where a tensor goes."""
+
+
+class Refill(nn.Module):
+    """Puts tensors into a copy of an object of a class that this package knows nothing about.
+
+    Args:
+        value: the object; a copy without its tensors is kept as the template.
+        paths: where each tensor goes: steps ("item", key) or ("attr", name) from the object to the tensor.
+    """
+
+    def __init__(self, value: Any, paths: list[tuple[tuple[str, Any], ...]]) -> None:
+        super().__init__()
+        self.paths = paths
+        holes = {id(_step_to(value, path)): _Hole() for path in paths}
+        self.template = copy.deepcopy(value, dict(holes))
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        """The object with ``tensors`` in it, in the order of ``paths``."""
+        result = copy.deepcopy(self.template)
+        for path, tensor in zip(self.paths, tensors, strict=True):
+            owner = _step_to(result, path[:-1])
+            kind, key = path[-1]
+            if kind == "item":
+                owner[key] = tensor
+            else:
+                setattr(owner, key, tensor)
+        return result
+
+
+def _step_to(value: Any, path: tuple[tuple[str, Any], ...]) -> Any:
+    for kind, key in path:
+        value = value[key] if kind == "item" else getattr(value, key)
+    return value

@@ -1,0 +1,133 @@
+"""The one place that leans on internals of torch; written against 2.11 to 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+__all__ = [
+    "alias",
+    "autograd_function_calls",
+    "code_location",
+    "compiling",
+    "module_calls",
+    "non_persistent_buffers",
+    "on_deepcopy",
+    "script_function_calls",
+    "source_of_script_function",
+]
+
+_TORCH = str(Path(torch.__file__).parent) + "/"
+_HERE = str(Path(__file__).parent) + "/"
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Let ``torch.compiler.is_compiling()`` and ``is_exporting()`` say yes.
+
+    Libraries take this as the sign to leave out shortcuts that look at data (such as skipping a mask that happens to
+    be all ones) and to run code that is valid for every input; ``torch.export`` does the same in its non-strict mode.
+    """
+    names = [n for n in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, n)]
+    before = {n: getattr(torch.compiler, n) for n in names}
+    try:
+        for n in names:
+            setattr(torch.compiler, n, True)
+        yield
+    finally:
+        for n, value in before.items():
+            setattr(torch.compiler, n, value)
+
+
+@contextlib.contextmanager
+def module_calls(
+    handler: Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
+    """Send every ``module(...)`` to ``handler(original_call, module, args, kwargs)`` while the context lasts."""
+    original = nn.Module.__call__
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return handler(original, self, args, kwargs)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def script_function_calls(
+    handler: Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
+    """The same for functions compiled by ``torch.jit.script``, whose insides no Python mode can see."""
+    kind = torch.jit.ScriptFunction
+    original = kind.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return handler(original, self, args, kwargs)
+
+    kind.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.__call__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def autograd_function_calls(handler: Callable[[Callable[..., Any], Any, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Send every ``SomeFunction.apply(*args)`` to ``handler(original_apply, SomeFunction, args)``."""
+    kind = torch.autograd.Function
+    original = kind.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any) -> Any:
+        return handler(original.__get__(None, cls), cls, args)
+
+    kind.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        kind.apply = original
+
+
+def source_of_script_function(function: Any) -> Callable[..., Any] | None:
+    """The Python function that ``torch.jit.script`` compiled, if torch still knows it."""
+    return getattr(function, "_torchdynamo_inline", None)
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Another Python object for the same values and the same memory."""
+    result: torch.Tensor = torch.ops.aten.alias.default(tensor)
+    return result
+
+
+def code_location() -> tuple[str, int]:
+    """File and line of the innermost frame outside torch and outside this package: the model's own code."""
+    frame = sys._getframe(1)
+    found: tuple[str, int] | None = None
+    while frame is not None:
+        code: CodeType = frame.f_code
+        if not code.co_filename.startswith((_TORCH, _HERE, "<frozen", "<eval_with_key>")):
+            found = (code.co_filename, frame.f_lineno)
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return found or ("<unknown>", 0)
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """The names of ``module``'s own buffers that stay out of its ``state_dict``; the set may be changed."""
+    names: set[str] = module._non_persistent_buffers_set
+    return names
+
+
+def on_deepcopy(gm: fx.GraphModule, hook: Callable[[fx.GraphModule], None]) -> None:
+    """Run ``hook(copy)`` after every ``copy.deepcopy`` of ``gm``, and of its copies."""
+    if hook not in gm._deepcopy_hooks:
+        gm._deepcopy_hooks.append(hook)

@@ -1,0 +1,489 @@
+"""One recorded run of a model: every torch call and every call of a leaf module becomes a node of a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxcompress.errors import TraceError
+from fxcompress.modules import AutogradCall, Refill
+from fxcompress.recording import functions, internals
+from fxcompress.recording.functions import Kind
+from fxcompress.recording.inputs import Inputs
+from fxcompress.recording.structure import Path, follow, is_namedtuple, leaves, to_argument
+
+__all__ = ["DataRead", "Depends", "Fact", "Hint", "Session"]
+
+
+class Depends(enum.Flag):
+    """What the value of a node can change with, besides the sizes in its own arguments."""
+
+    NOTHING = 0
+    INPUT = enum.auto()
+    PARAMETER = enum.auto()
+    BUFFER = enum.auto()
+    RANDOM = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What a run knows of a node: what it depends on, where the model's code made it, shape and memory of its value."""
+
+    depends: Depends
+    file: str
+    line: int
+    module: str
+    shape: tuple[int, ...] | None = None
+    storage: int | None = None
+
+    @property
+    def where(self) -> str:
+        """'file:line, in module path'."""
+        return f"{self.file}:{self.line}, in module {self.module or '(the model itself)'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hint:
+    """What only the run can tell about a functional call: ranks, dtypes of masks, and the flag of its module."""
+
+    rank: int
+    mask_rank: int
+    float_masks: bool
+    module: str
+    training: bool
+
+
+class DataRead(TraceError):
+    """Python looked at the data of a tensor. ``module`` is the path of the innermost module that did."""
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
+# Calls for which canonical.py wants a Hint.
+_HINTED = frozenset(
+    (
+        "batch_norm instance_norm dropout dropout1d dropout2d dropout3d alpha_dropout "
+        "feature_alpha_dropout scaled_dot_product_attention multi_head_attention_forward"
+    ).split()
+)
+_ALWAYS_RECORDED_INSIDE = (nn.MultiheadAttention,)
+
+
+class Session(TorchFunctionMode):
+    """Records one run of ``model``; use once.
+
+    Args:
+        model: the module to run; its parameters and buffers are known by their first name.
+        opaque: paths of modules to keep as one call whatever they are.
+    """
+
+    def __init__(self, model: nn.Module, opaque: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.model = model
+        self.opaque = opaque
+        self.graph = fx.Graph()
+        self.facts: dict[fx.Node, Fact] = {}
+        self.hints: dict[fx.Node, Hint] = {}
+        self.attributes: dict[str, Any] = {}
+        self.mutations: dict[int, list[fx.Node]] = {}
+        self.buffer_reads: list[str] = []
+        self.sizes_were_read = False
+        self._inputs: dict[str, fx.Node] = {}
+        self._nodes: Any = WeakTensorKeyDictionary()
+        self._objects: dict[int, tuple[Any, fx.Node, list[int]]] = {}
+        self._parts: dict[tuple[fx.Node, Path], fx.Node] = {}
+        self._stored: dict[str, fx.Node] = {}
+        self._kept: list[Any] = []
+        self._offence: DataRead | None = None
+        self._paths = {id(m): n for n, m in model.named_modules()}
+        self._names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._stack: list[tuple[str, nn.Module]] = [("", model)]
+        self._paused = 0
+        self._thread = threading.get_ident()
+
+    # ------------------------------------------------------------------------------------------------- running
+    def run(self, inputs: Inputs) -> Any:
+        """Run the model on ``inputs``, which become the placeholders; return its output."""
+        with self.pause():
+            self._place(inputs)
+        args, kwargs = inputs.call()
+        with (
+            internals.compiling(),
+            internals.module_calls(self._on_module),
+            internals.script_function_calls(self._on_script_function),
+            internals.autograd_function_calls(self._on_autograd_function),
+            torch.enable_grad(),
+            self,
+        ):
+            out = self.model(*args, **kwargs)
+            with self.pause():
+                self.graph.output(self._argument(out))
+        if self._offence is not None:  # the model's own code swallowed the exception and went on
+            raise self._offence
+        return out
+
+    def _place(self, inputs: Inputs) -> None:
+        """One placeholder for each argument, under its own name; then whatever is inside structured ones."""
+        default: tuple[Any, ...] = ()
+        for argument in inputs.arguments:
+            if not argument.given:
+                default = (argument.value,)
+            elif default:  # Python wants a default behind a default; the guard says what is missing
+                default = (None,)
+            self._inputs[argument.name] = (
+                self.graph.placeholder(argument.name, default_value=default[0])
+                if default
+                else self.graph.placeholder(argument.name)
+            )
+        for argument in inputs.arguments:
+            for path, leaf in leaves(argument.value):
+                if isinstance(leaf, torch.Tensor):
+                    part = self.input_node(argument.name, path)
+                    self._note(part, leaf, Depends.INPUT)
+                    self._nodes[leaf] = part
+
+    def input_node(self, name: str, path: Path) -> fx.Node:
+        """The node of the tensor at ``path`` in argument ``name``."""
+        return follow(self.graph, self._inputs[name], path, self._parts)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Torch calls in here are nobody's business."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def _ignoring(self) -> bool:
+        return self._paused > 0 or threading.get_ident() != self._thread
+
+    # ------------------------------------------------------------------------------------------------- torch calls
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._ignoring():
+            return func(*args, **kwargs)
+        kind = functions.classify(func)
+        if kind is Kind.QUESTION:
+            if functions.reads_sizes(func, args, kwargs) and self._depends(args[:1]) & Depends.INPUT:
+                self.sizes_were_read = True
+            return func(*args, **kwargs)
+        if kind is Kind.DATA_READ:
+            self._data_read(functions.display_name(func), args, kwargs)
+            with self.pause():
+                return func(*args, **kwargs)
+        if kind is Kind.ASSIGNMENT:
+            return self._assignment(func, args, kwargs)
+        op, target, node_args = functions.target_of(func, args)
+        return self._record(op, target, node_args, kwargs, lambda: func(*args, **kwargs), func)
+
+    def _assignment(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = functions.display_name(func)
+        if name in ("Tensor.requires_grad", "Tensor.names"):
+            with self.pause():
+                return func(*args, **kwargs)
+        raise TraceError(
+            f"the model assigns to {name} at {self._where()}; an assignment to an attribute of a tensor cannot be "
+            "recorded. Use an in-place operation such as copy_() instead"
+        )
+
+    def _record(self, op: str, target: Any, args: Any, kwargs: Any, call: Callable[[], Any], func: Any = None) -> Any:
+        with self.pause():
+            given = [t for _, t in leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            node_args = tuple(self._argument(a) for a in args)
+            node_kwargs = {k: self._argument(v) for k, v in kwargs.items()}
+            node = self.graph.create_node(op, target, node_args, node_kwargs)
+            depends = self._node_depends(node, func)
+            versions = [_version(t) for t in given]
+            grad = torch.is_grad_enabled()
+            out = call()
+            changed = [t for t, v in zip(given, versions, strict=True) if v is not None and _version(t) != v]
+            self._hint(node, func, given, kwargs)
+            return self._bind(node, out, given, changed, depends, grad)
+
+    def _bind(
+        self,
+        node: fx.Node,
+        out: Any,
+        given: list[torch.Tensor],
+        changed: list[torch.Tensor],
+        depends: Depends,
+        grad: bool,
+    ) -> Any:
+        self._note(node, out, depends)
+        for tensor in changed:
+            key = _storage(tensor)
+            if key is not None:
+                self.mutations.setdefault(key, []).append(node)
+        inside = [leaf for _, leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
+        if not inside:
+            return self._without_tensors(node, out, given, changed)
+        untouched = {id(t) for t in given} - {id(t) for t in changed}
+        out = _map_tensors(out, lambda t: internals.alias(t) if id(t) in untouched else t)
+        for path, leaf in leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                part = follow(self.graph, node, path, self._parts)
+                differentiable = depends & (Depends.INPUT | Depends.PARAMETER) and leaf.is_floating_point()
+                if not grad and differentiable and not changed:  # made under no_grad: no gradient may pass here
+                    part = self.graph.call_method("detach", (part,))
+                self._note(part, leaf, depends)
+                self._nodes[leaf] = part
+        if node.op == "call_module" and not isinstance(out, torch.Tensor):
+            self._objects[id(out)] = (out, node, [id(t) for t in inside])
+        return out
+
+    def _without_tensors(self, node: fx.Node, out: Any, given: list[torch.Tensor], changed: list[torch.Tensor]) -> Any:
+        if changed or node.op == "call_module":
+            if out is not None:
+                self._objects[id(out)] = (out, node, [])
+            return out
+        if out is not None and given and not _is_assertion(node):
+            self._data_read(str(node.target), tuple(given), {})
+        if not (given and _is_assertion(node)):
+            self.facts.pop(node, None)
+            self.graph.erase_node(node)
+        return out
+
+    def _data_read(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depends = self._depends((args, kwargs))
+        if depends & (Depends.INPUT | Depends.PARAMETER | Depends.RANDOM):
+            path = self._stack[-1][0]
+            source = "an input" if depends & Depends.INPUT else "a parameter"
+            if not depends & (Depends.INPUT | Depends.PARAMETER):
+                source = "random numbers"
+            self._offence = DataRead(
+                f"the model reads data by {what} at {self._where()}, from a tensor that depends on {source}: what "
+                "Python does with the value would be fixed in the graph. Rewrite the place with tensor operations "
+                '(torch.where, masks), or pass opaque="auto" to keep the innermost module that does this as one call',
+                path,
+            )
+            raise self._offence
+        if depends & Depends.BUFFER:
+            self.buffer_reads.append(f"{what} at {self._where()}")
+
+    # ------------------------------------------------------------------------------------------------- module calls
+    def _on_module(
+        self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self._paths.get(id(module))
+        if self._ignoring() or path is None or path == "":
+            return original(module, *args, **kwargs)
+        if path in self.opaque or is_leaf(module):
+            return self._record("call_module", path, args, kwargs, lambda: original(module, *args, **kwargs))
+        self._stack.append((path, module))
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            self._stack.pop()
+
+    def _on_script_function(
+        self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._ignoring():
+            return original(function, *args, **kwargs)
+        python = internals.source_of_script_function(function)
+        if python is None:
+            raise TraceError(
+                f"the model calls a function compiled by torch.jit at {self._where()}, and its Python source is not "
+                "known; nothing inside it can be recorded. Call the plain Python function instead"
+            )
+        return python(*args, **kwargs)
+
+    def _on_autograd_function(self, original: Callable[..., Any], function: Any, args: tuple[Any, ...]) -> Any:
+        if self._ignoring():
+            return original(*args)
+        path = f"autograd.{function.__name__}"
+        count = 0
+        while path in self.attributes and self.attributes[path].function is not function:
+            count += 1
+            path = f"autograd.{function.__name__}_{count}"
+        self.attributes.setdefault(path, AutogradCall(function))
+        return self._record("call_module", path, args, {}, lambda: original(*args))
+
+    # ------------------------------------------------------------------------------------------------- arguments
+    def _argument(self, value: Any) -> Any:
+        known = self._objects.get(id(value))
+        if known is not None and type(value) not in (tuple, list, dict):
+            tensors = [id(t) for _, t in leaves(value) if isinstance(t, torch.Tensor)]
+            if tensors == known[2]:
+                return known[1]
+        if type(value) is torch.Tensor or isinstance(value, torch.Tensor):
+            return self._tensor_node(value)
+        if type(value) in (int, float, bool, str, type(None)):
+            return value
+        return to_argument(value, self._tensor_node, self._object_node, self.graph, self._argument)
+
+    def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
+        node = self._nodes.get(tensor)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
+        name = self._names.get(id(tensor))
+        depends = Depends.NOTHING
+        if name is None:
+            name = self._constant_name(tensor)
+        else:
+            depends = Depends.PARAMETER if isinstance(tensor, nn.Parameter) else Depends.BUFFER
+        node = self._get_attr(name)
+        self._note(node, tensor, depends)
+        self._nodes[tensor] = node
+        return node
+
+    def _constant_name(self, tensor: torch.Tensor) -> str:
+        """A name for a tensor that no operation of this run has made and that is no parameter or buffer."""
+        self._kept.append(tensor)
+        for path, module in self.model.named_modules():
+            for key, value in vars(module).items():
+                if value is tensor:
+                    return f"{path}.{key}" if path else key
+        name = f"constants.c{len(self.attributes)}"
+        self.attributes[name] = tensor.detach()
+        return name
+
+    def _get_attr(self, name: str) -> fx.Node:
+        if name not in self._stored:
+            self._stored[name] = self.graph.create_node("get_attr", name)
+        return self._stored[name]
+
+    def _object_node(self, value: Any) -> Any:
+        """An argument that is no tensor, no plain value and no plain container."""
+        item = getattr(value, "item", None)
+        if type(value).__module__ == "numpy" and callable(item) and getattr(value, "ndim", 1) == 0:
+            return item()
+        if isinstance(value, enum.Enum):
+            return value
+        paths = [path for path, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+        name = f"objects.o{len(self.attributes)}"
+        if not paths:
+            self.attributes[name] = value
+            return self._get_attr(name)
+        tensors = tuple(self._argument(leaf) for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor))
+        self.attributes[name] = Refill(value, paths)
+        return self.graph.call_module(name, tensors)
+
+    # ------------------------------------------------------------------------------------------------- facts
+    def _note(self, node: fx.Node, value: Any, depends: Depends) -> None:
+        file, line = internals.code_location()
+        shape = storage = None
+        if isinstance(value, torch.Tensor):
+            shape, storage = tuple(value.shape), _storage(value)
+            if not depends & (Depends.INPUT | Depends.PARAMETER):
+                self._kept.append(value)  # so that its memory is not given to another tensor
+        self.facts[node] = Fact(depends, file, line, self._stack[-1][0], shape, storage)
+
+    def _depends(self, value: Any) -> Depends:
+        result = Depends.NOTHING
+        for _, leaf in leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                result |= self._tensor_depends(leaf)
+        return result
+
+    def _tensor_depends(self, tensor: torch.Tensor) -> Depends:
+        node = self._nodes.get(tensor)
+        if node is not None:
+            return self._with_mutations(self.facts[node])
+        if id(tensor) in self._names:
+            return Depends.PARAMETER if isinstance(tensor, nn.Parameter) else Depends.BUFFER
+        return Depends.NOTHING
+
+    def _with_mutations(self, fact: Fact) -> Depends:
+        depends = fact.depends
+        for writer in self.mutations.get(fact.storage, ()) if fact.storage is not None else ():
+            depends |= self.facts[writer].depends
+        return depends
+
+    def _node_depends(self, node: fx.Node, func: Any) -> Depends:
+        depends = Depends.NOTHING
+        for source in node.all_input_nodes:
+            if source in self.facts:
+                depends |= self._with_mutations(self.facts[source])
+        if func is not None and functions.draws_random_numbers(func):
+            depends |= Depends.RANDOM
+        if node.op == "call_module" and str(node.target) not in self.attributes:
+            module = self.model.get_submodule(str(node.target))
+            if next(module.parameters(), None) is not None:
+                depends |= Depends.PARAMETER
+            if next(module.buffers(), None) is not None:
+                depends |= Depends.BUFFER
+            if module.training or not _is_torch_module(module):
+                depends |= Depends.RANDOM
+        return depends
+
+    def _hint(self, node: fx.Node, func: Any, given: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
+        if given and node.op == "call_function" and getattr(func, "__name__", "") in _HINTED:
+            path, module = self._stack[-1]
+            masks = [kwargs[k] for k in ("attn_mask", "key_padding_mask") if isinstance(kwargs.get(k), torch.Tensor)]
+            mask = kwargs.get("attn_mask")
+            self.hints[node] = Hint(
+                given[0].dim(),
+                mask.dim() if isinstance(mask, torch.Tensor) else 0,
+                all(m.is_floating_point() for m in masks),
+                path,
+                module.training,
+            )
+
+    def _where(self) -> str:
+        file, line = internals.code_location()
+        return f"{file}:{line}, in module {self._stack[-1][0] or '(the model itself)'}"
+
+
+def _is_torch_module(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is one node: a plain ``torch.nn`` layer, a scripted module, or a stateless module
+    that acts by its training flag (such as stochastic depth), which must go on obeying it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if next(module.children(), None) is not None:
+        return False
+    if _is_torch_module(module):
+        container = type(module).__module__ == "torch.nn.modules.container"
+        return not container and not isinstance(module, _ALWAYS_RECORDED_INSIDE)
+    stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
+    code = getattr(type(module).forward, "__code__", None)
+    return stateless and code is not None and "training" in code.co_names
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", str(node.target)) in ("_assert", "_assert_async")
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return None
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with ``change`` applied to the tensors in tuples, lists and dicts; other objects are left alone."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(v, change) for v in value)
+    if is_namedtuple(value):
+        parts = [_map_tensors(v, change) for v in value]
+        return type(value)(parts) if type(value).__module__ == "torch.return_types" else type(value)(*parts)
+    if type(value) is dict:
+        return {k: _map_tensors(v, change) for k, v in value.items()}
+    return value
