@@ -6,6 +6,7 @@ reads the result although a later reader of ``x`` sees the sum. :func:`has_side_
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "get_attribute",
     "has_side_effect",
     "is_inplace",
+    "private_copy",
     "replace",
     "set_attribute",
     "unique_path",
@@ -44,7 +46,8 @@ def is_inplace(node: fx.Node) -> bool:
     if node.op == "call_method":
         name = str(node.target)
         if name.startswith("__") and name.endswith("__"):
-            return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+            not_inplace = ("__invert__", "__index__", "__int__")
+            return name == "__setitem__" or (name.startswith("__i") and name not in not_inplace)
         return name.endswith("_")
     if node.op == "call_function":
         if node.target in _INPLACE_OPERATORS:
@@ -94,24 +97,36 @@ def clean_up(gm: fx.GraphModule) -> None:
 
 
 def _delete_unreferenced(gm: fx.GraphModule) -> None:
-    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    # By object and not by path: one module may sit at several paths, and what one path does not need another may.
+    whole: set[int] = set()
+    needed: set[tuple[int, str]] = set()
+    for node in gm.graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        value: Any = gm
+        for part in str(node.target).split("."):
+            needed.add((id(value), part))
+            value = getattr(value, part)
+        if isinstance(value, nn.Module) and id(value) not in whole:
+            whole.update(id(module) for module in value.modules())
+    pending: list[nn.Module] = [gm]
+    while pending:
+        owner = pending.pop()
+        for name in [*owner._parameters, *owner._buffers, *owner._modules]:
+            if (id(owner), name) not in needed:
+                delattr(owner, name)
+        pending += [child for child in owner._modules.values() if child is not None and id(child) not in whole]
 
-    def inside_called(path: str) -> bool:
-        parts = path.split(".")
-        return any(".".join(parts[:i]) in called for i in range(1, len(parts) + 1))
 
-    tensors = [name for name, _ in gm.named_parameters(remove_duplicate=False)]
-    tensors += [name for name, _ in gm.named_buffers(remove_duplicate=False)]
-    for name in tensors:
-        if name not in read and not inside_called(name):
-            owner, _, leaf = name.rpartition(".")
-            delattr(gm.get_submodule(owner), leaf)
-    wanted = called | read
-    for path, _ in reversed(list(gm.named_modules(remove_duplicate=False))):
-        if path and not inside_called(path) and not any(w == path or w.startswith(path + ".") for w in wanted):
-            owner, _, leaf = path.rpartition(".")
-            delattr(gm.get_submodule(owner), leaf)
+def private_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A deep copy that shares nothing with ``gm``.
+
+    ``GraphModule.__deepcopy__`` registers the root's own buffers anew and so makes persistent what was not; put right
+    here, or such buffers would turn up in the ``state_dict``.
+    """
+    copied = copy.deepcopy(gm)
+    copied._non_persistent_buffers_set = set(gm._non_persistent_buffers_set) & set(copied._buffers)
+    return copied
 
 
 def replace(node: fx.Node, by: fx.Node) -> None:

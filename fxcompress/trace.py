@@ -27,6 +27,7 @@ from fxcompress.recording import internals
 from fxcompress.recording.alignment import Symbol, align
 from fxcompress.recording.constants import fold_constants, follow_device
 from fxcompress.recording.inputs import Dimension, Inputs, guard, read_inputs
+from fxcompress.recording.retracing import Retracer
 from fxcompress.recording.session import DataRead, Session
 from fxcompress.recording.structure import Path, leaves
 from fxcompress.recording.training import training_uses
@@ -37,6 +38,8 @@ _SEED = 0x5EED
 _EPS_FACTOR = 8
 """A faithful graph makes the same calls in the same order, so it is equal to the last bit wherever kernels are
 deterministic; attention written out adds in another order inside one kernel. 8 eps is 9.5e-7 in float32."""
+_FUSED_ENCODER_TOLERANCE = 1e-4
+"""Rounding separates the fused encoder from the layers by less than this; zeros at padded positions by far more."""
 
 
 def trace(
@@ -166,7 +169,19 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 def _first_run(work: nn.Module, inputs: Inputs) -> Any:
     args, kwargs = inputs.changed({}).call()
     try:
-        return _run(work, args, kwargs)
+        output = _run(work, args, kwargs)
+        if any(isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) for m in work.modules()):
+            with internals.without_fused_encoder():
+                output, fused = _run(work, *inputs.changed({}).call()), output
+            difference = compare(output, fused, equal_nan=True)
+            if difference.error > _FUSED_ENCODER_TOLERANCE or difference.structural:
+                warnings.warn(
+                    "torch's fused nn.TransformerEncoder kernel, used in eval mode without gradients, gives other values "
+                    "than the layers do (it writes zeros at padded positions); the graph does what the layers do",
+                    TraceWarning,
+                    stacklevel=3,
+                )
+        return output
     except Exception as error:
         shapes = {".".join(map(str, (name, *path))): tuple(t.shape) for (name, path), t in inputs.tensors().items()}
         raise TraceError(
@@ -212,12 +227,13 @@ class _Recording:
         named = self._named_dimensions(dynamic_dims)
         batch = {d: "batch" for d in self._batch_dimensions() if d not in named} if dynamic_batch else {}
         session = self._record_free(batch | named, required=bool(named))
+        session.graph._tracer_cls = Retracer
         self.session = session
         uses = training_uses(session, lambda: self._record(self.inputs.changed({}), "in the other mode")[0])
-        fold_constants(session, self.work)
-        self._follow_device(session)
         for path, value in session.attributes.items():
             editing.set_attribute(self.work, path, value)
+        fold_constants(session, self.work)
+        self._follow_device(session)
         gm = fx.GraphModule(self.work, session.graph, type(self.work).__name__)
         _restore_flags(gm, self.work)
         canonicalize(gm, uses)
@@ -287,20 +303,21 @@ class _Recording:
 
     def _size_choices(self, dims: Mapping[Dimension, str]) -> Iterator[dict[str, tuple[int, int]]]:
         """Sizes for the two recordings. Small batches first, then multiples of the example's, for models that fold
-        something else into the batch. Each label grows by another factor, so that it can be told from the others."""
+        something else into the batch. Each label changes by another factor, so that it can be told from the others; the
+        larger size comes first, so that what a model counts up from run to run does not look like a size."""
         labels = sorted(set(dims.values()), key=lambda label: label != "batch")
         if not labels:
             return
         base = {label: self._size_of(label, dims) for label in labels}
-        named = {label: (base[label], base[label] * (k + 2)) for k, label in enumerate(labels) if label != "batch"}
+        named = {label: (base[label] * (k + 2), base[label]) for k, label in enumerate(labels) if label != "batch"}
         if "batch" not in base:
             yield named
             return
         n = base["batch"]
-        small = [s for s in (2, 3, 4) if s != n]
-        yield {"batch": (small[0], small[1]), **named}
+        larger, smaller = [s for s in (4, 3, 2) if s != n][-2:]
+        yield {"batch": (larger, smaller), **named}
         if n > 1:
-            yield {"batch": (2 * n, 3 * n), **named}
+            yield {"batch": (3 * n, 2 * n), **named}
 
     def _record_pair(self, dims: dict[Dimension, str], sizes: dict[str, tuple[int, int]]) -> Session:
         first_inputs = self.inputs.changed({d: sizes[label][0] for d, label in dims.items()})

@@ -127,7 +127,8 @@ class _Expansion:
             q = self._slice("q_proj", 0, 1, query)
             k, v = self._chunks(self._slice("kv_proj", 1, 3, key), 2)
             return q, k, v
-        return tuple(self._slice(f"{n}_proj", i, i + 1, x) for i, (n, x) in enumerate(zip("qkv", (query, key, value), strict=True)))
+        inputs = {"q_proj": query, "k_proj": key, "v_proj": value}
+        return tuple(self._slice(name, i, i + 1, x) for i, (name, x) in enumerate(inputs.items()))
 
     def _chunks(self, packed: fx.Node, count: int) -> list[fx.Node]:
         parts = self.method("chunk", packed, count, -1)

@@ -85,7 +85,9 @@ class Layers:
             _take_over(self.gm.get_submodule(owner), module)
             editing.set_attribute(self.gm, path, module)
         else:
-            path = editing.add_module(self.gm, f"{owner}.{kind}" if owner else kind, module)
+            bare = owner and type(self.gm.get_submodule(owner)) is nn.Module  # nothing is put inside a real layer
+            joint = "." if bare else "_"
+            path = editing.add_module(self.gm, f"{owner}{joint}{kind}" if owner else kind, module)
         self._made[identity] = path
         self._called.add(path)
         return path

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -19,13 +18,20 @@ __all__ = [
     "compiling",
     "module_calls",
     "non_persistent_buffers",
-    "on_deepcopy",
     "script_function_calls",
     "source_of_script_function",
+    "without_causal_detection",
+    "without_fused_encoder",
+    "wrap_functions_of_torch",
 ]
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
-_HERE = str(Path(__file__).parent) + "/"
+_TORCH_LAYERS = _TORCH + "nn/modules/"
+_HERE = str(Path(__file__).parent.parent) + "/"
+
+
+CallHandler = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Gets the original call, what is called, and its arguments."""
 
 
 @contextlib.contextmanager
@@ -44,6 +50,36 @@ def compiling() -> Iterator[None]:
     finally:
         for n, value in before.items():
             setattr(torch.compiler, n, value)
+
+
+@contextlib.contextmanager
+def without_causal_detection() -> Iterator[None]:
+    """Let ``nn.Transformer`` believe its caller about masks instead of comparing their data with a causal one.
+
+    What it finds out is a hint to the kernel, never needed: the mask itself is always passed on.
+    """
+    owner = torch.nn.modules.transformer
+    original = owner._detect_is_causal_mask
+
+    def believe(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    owner._detect_is_causal_mask = believe
+    try:
+        yield
+    finally:
+        owner._detect_is_causal_mask = original
+
+
+@contextlib.contextmanager
+def without_fused_encoder() -> Iterator[None]:
+    """Let ``nn.TransformerEncoder`` run the code that it runs while training, not its fused inference kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
@@ -109,16 +145,25 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def code_location() -> tuple[str, int]:
-    """File and line of the innermost frame outside torch and outside this package: the model's own code."""
+    """File and line of the innermost frame of the model's own code: not of this package, and of torch only if the
+    model is itself made of layers of torch that are written in Python, such as ``nn.Transformer``."""
     frame = sys._getframe(1)
-    found: tuple[str, int] | None = None
+    layer: tuple[str, int] | None = None
+    left_package = False
     while frame is not None:
-        code: CodeType = frame.f_code
-        if not code.co_filename.startswith((_TORCH, _HERE, "<frozen", "<eval_with_key>")):
-            found = (code.co_filename, frame.f_lineno)
-            break
+        name = frame.f_code.co_filename
+        if name.startswith(_HERE):
+            if left_package:  # back at the call that started the run
+                break
+        elif name.startswith(_TORCH):
+            if layer is None and name.startswith(_TORCH_LAYERS) and not name.endswith("/module.py"):
+                layer = (name, frame.f_lineno)
+        elif not name.startswith("<"):
+            return name, frame.f_lineno
+        if name.startswith(_TORCH_LAYERS):
+            left_package = True
         frame = frame.f_back  # type: ignore[assignment]
-    return found or ("<unknown>", 0)
+    return layer or ("<unknown>", 0)
 
 
 def non_persistent_buffers(module: nn.Module) -> set[str]:
@@ -127,7 +172,6 @@ def non_persistent_buffers(module: nn.Module) -> set[str]:
     return names
 
 
-def on_deepcopy(gm: fx.GraphModule, hook: Callable[[fx.GraphModule], None]) -> None:
-    """Run ``hook(copy)`` after every ``copy.deepcopy`` of ``gm``, and of its copies."""
-    if hook not in gm._deepcopy_hooks:
-        gm._deepcopy_hooks.append(hook)
+def wrap_functions_of_torch(tracer: fx.Tracer) -> None:
+    """Let ``tracer`` replace the functions that it wraps where code calls them as ``torch.name(...)``, too."""
+    tracer._autowrap_search.append(torch)

@@ -120,6 +120,7 @@ class Session(TorchFunctionMode):
         args, kwargs = inputs.call()
         with (
             internals.compiling(),
+            internals.without_causal_detection(),
             internals.module_calls(self._on_module),
             internals.script_function_calls(self._on_script_function),
             internals.autograd_function_calls(self._on_autograd_function),
@@ -335,6 +336,8 @@ class Session(TorchFunctionMode):
         if name is None:
             name = self._constant_name(tensor)
         else:
+            if name in internals.non_persistent_buffers(self.model):
+                name = self._below_constants(name, tensor)
             depends = Depends.PARAMETER if isinstance(tensor, nn.Parameter) else Depends.BUFFER
         node = self._get_attr(name)
         self._note(node, tensor, depends)
@@ -347,10 +350,16 @@ class Session(TorchFunctionMode):
         for path, module in self.model.named_modules():
             for key, value in vars(module).items():
                 if value is tensor:
-                    return f"{path}.{key}" if path else key
+                    return f"{path}.{key}" if path else self._below_constants(key, tensor)
         name = f"constants.c{len(self.attributes)}"
         self.attributes[name] = tensor.detach()
         return name
+
+    def _below_constants(self, name: str, tensor: torch.Tensor) -> str:
+        """A new name for a tensor of the model itself that is not in its ``state_dict``: copies of a ``GraphModule``
+        forget that of its own buffers, but not of those of its submodules."""
+        self.attributes[f"constants.{name}"] = tensor
+        return f"constants.{name}"
 
     def _get_attr(self, name: str) -> fx.Node:
         if name not in self._stored:

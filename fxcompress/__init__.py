@@ -1,0 +1,66 @@
+"""Model compression by rewriting ``torch.fx`` graphs: record any model, rewrite it, prove every step.
+
+>>> import torch, fxcompress
+>>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+>>> smaller = fxcompress.compile(model, ["fold-batch-norm"], torch.randn(1, 3, 8, 8))
+>>> print(fxcompress.report(smaller))
+"""
+
+from importlib import metadata as _metadata
+
+from fxcompress.errors import (
+    FxCompressError,
+    PassError,
+    PreconditionError,
+    TraceError,
+    UsageError,
+    VerificationError,
+)
+from fxcompress.pass_base import (
+    Example,
+    Guarantee,
+    Need,
+    Observation,
+    Observer,
+    Pass,
+    PassContext,
+    Refusal,
+    Site,
+)
+from fxcompress.pipeline import PassPlan, Plan, compile, plan
+from fxcompress.registry import registered_passes
+from fxcompress.report import PassRecord, Report, report
+from fxcompress.trace import trace
+
+__all__ = [
+    "Example",
+    "FxCompressError",
+    "Guarantee",
+    "Need",
+    "Observation",
+    "Observer",
+    "Pass",
+    "PassContext",
+    "PassError",
+    "PassPlan",
+    "PassRecord",
+    "Plan",
+    "PreconditionError",
+    "Refusal",
+    "Report",
+    "Site",
+    "TraceError",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "compile",
+    "plan",
+    "registered_passes",
+    "report",
+    "trace",
+]
+
+try:
+    __version__ = _metadata.version("fxcompress")
+except _metadata.PackageNotFoundError:  # on sys.path but not installed
+    __version__ = "0+uninstalled"

@@ -1,0 +1,185 @@
+"""Data for statistics: read from whatever the caller has, run once for all statistics that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.analysis.outputs import tensor_leaves
+from fxcompress.analysis.running import GraphRunner
+from fxcompress.errors import FxCompressError, PassError, UsageError
+from fxcompress.examples import check_fits, map_tensors
+from fxcompress.pass_base import Example, Observation, Observer
+
+__all__ = ["Batches", "as_batches", "check_batch", "collect"]
+
+
+class Batches:
+    """Calibration data as :class:`Example` objects, to be read as often as needed. Made by :func:`as_batches`."""
+
+    def __init__(self, source: Iterable[Any], device: torch.device | None = None) -> None:
+        self._source = source
+        self._device = device
+        self._spent = False
+
+    def __iter__(self) -> Iterator[Example]:
+        iterator = iter(self._source)
+        if self._spent:
+            raise UsageError("the calibration data is a generator and was read already; pass a list or a DataLoader")
+        self._spent = iterator is self._source
+        count = 0
+        for count, batch in enumerate(iterator, start=1):
+            yield self._to_device(_as_example(batch, count - 1))
+        if not count:
+            raise UsageError("the calibration data has no batches in it")
+
+    def count(self) -> int | None:
+        """How many batches there are, if the data knows."""
+        try:
+            return len(self._source)  # type: ignore[arg-type]
+        except TypeError:  # generators and iterable datasets have no length
+            return None
+
+    def _to_device(self, example: Example) -> Example:
+        device = self._device
+        tensors = tensor_leaves((example.args, example.kwargs))
+        if device is None or all(tensor.device == device for _, tensor in tensors):
+            return example
+        return map_tensors(example, lambda tensor: tensor.to(device))
+
+
+def as_batches(calibration: Any, *, keep: bool = True, device: torch.device | None = None) -> Batches:
+    """Read calibration data from what the caller gave.
+
+    Args:
+        calibration: an iterable (list, ``DataLoader``, generator) of batches, each a tensor (the only positional
+            argument), a tuple or list of positional arguments, a mapping of keyword arguments, or an :class:`Example`.
+        keep: hold the batches of a one-shot iterator in memory, so that they can be read again.
+        device: where tensors are moved to when they are elsewhere (a ``DataLoader`` gives them on the CPU).
+
+    Raises:
+        UsageError: it is no iterable of batches. What a batch is shows only when it is read.
+    """
+    if isinstance(calibration, Batches):
+        return calibration
+    if isinstance(calibration, (torch.Tensor, Mapping, Example, str)) or not isinstance(calibration, Iterable):
+        raise UsageError(
+            "`calibration` is an iterable of batches, such as a list or a DataLoader, not "
+            f"{type(calibration).__name__}; put a single batch into a list"
+        )
+    one_shot = isinstance(calibration, Iterator)
+    return Batches(list(calibration) if one_shot and keep else calibration, device)
+
+
+def _as_example(batch: Any, index: int) -> Example:
+    if isinstance(batch, Example):
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return Example((batch,))
+    if isinstance(batch, Mapping):
+        return Example((), batch)
+    if isinstance(batch, (tuple, list)):
+        return Example(tuple(batch))
+    raise UsageError(
+        f"batch {index} of the calibration data is a {type(batch).__name__}; expected a tensor, a tuple or list of "
+        "positional arguments, a mapping of keyword arguments, or an fxcompress.Example"
+    )
+
+
+def check_batch(gm: fx.GraphModule, batch: Example, index: int) -> None:
+    """Refuse a batch that does not fit the graph.
+
+    Raises:
+        UsageError: it does not, and what to do.
+    """
+    placeholders = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    starred = any(name.startswith("*") for name in placeholders)
+    if len(batch.args) > len(placeholders) and not starred:
+        raise UsageError(
+            f"batch {index} of the calibration data has {len(batch.args)} positional items ({_kinds(batch.args)}) but "
+            f"the model takes {len(placeholders)} ({', '.join(placeholders)}). If the items are inputs and labels, "
+            "pass the inputs only: `calibration=[images for images, labels in loader]`"
+        )
+    try:
+        check_fits(gm, batch)
+    except UsageError as error:
+        raise UsageError(f"batch {index} of the calibration data: {error}") from error
+
+
+def _kinds(items: Iterable[Any]) -> str:
+    return ", ".join(
+        f"Tensor{tuple(item.shape)}" if isinstance(item, torch.Tensor) else type(item).__name__ for item in items
+    )
+
+
+class _Collector(GraphRunner):
+    def __init__(self, gm: fx.GraphModule, observers: Mapping[fx.Node, Mapping[str, Observer]]) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # the user's own traceback says more than the generated code's
+        self._observers = observers
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for key, observer in self._observers.get(n, {}).items():
+            try:
+                observer.update(value)
+            except Exception as error:
+                raise PassError(
+                    f"the observer {key!r} of node {n.name!r} ({n.target!s}) failed on a {_kinds([value])}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        return value
+
+
+def collect(
+    gm: fx.GraphModule,
+    batches: Iterable[Example],
+    observations: Sequence[Observation],
+    progress: Callable[[int, int | None], None] | None = None,
+) -> dict[tuple[fx.Node, str], Any]:
+    """Run ``gm`` once over the data and let every observer see the values of its node; no value is kept.
+
+    Runs without gradients and in the mode (training or evaluation) that ``gm`` is in; buffers and random state are
+    afterwards as they were.
+
+    Args:
+        gm: the graph.
+        batches: its inputs.
+        observations: who wants to see what. Wishes with the same node and key share one observer.
+        progress: called with (batches done, batches in all if known).
+
+    Returns:
+        The result of each observer by (node, key).
+
+    Raises:
+        UsageError: a batch does not fit the graph or the graph fails on it, an observation is of another graph, or
+            there are no batches.
+        PassError: an observer fails.
+    """
+    observers: dict[fx.Node, dict[str, Observer]] = {}
+    for wish in observations:
+        if wish.node.graph is not gm.graph:
+            raise UsageError(f"the observation {wish.key!r} is of node {wish.node.name!r} of another graph")
+        mine = observers.setdefault(wish.node, {})
+        if wish.key not in mine:
+            mine[wish.key] = wish.factory()
+    collector = _Collector(gm, observers)
+    total = batches.count() if isinstance(batches, Batches) else None
+    for index, batch in enumerate(batches):
+        check_batch(gm, batch, index)
+        own = map_tensors(batch, torch.Tensor.clone)
+        try:
+            collector.observe(own.args, own.kwargs)
+        except FxCompressError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"the model failed on batch {index} of the calibration data ({_kinds(batch.args)}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if progress is not None:
+            progress(index + 1, total)
+    return {(node, key): observer.result() for node, mine in observers.items() for key, observer in mine.items()}

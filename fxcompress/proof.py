@@ -1,0 +1,247 @@
+"""The check of ``Guarantee.EXACT``: run the pass again in float64, where a right rewriting and a wrong one look unlike.
+
+Two graphs that are equal over the reals differ by rounding alone. In float64 that is some 1e-16 times what the network
+amplifies; a network that amplified it beyond :data:`EXACT_BOUND` = 1e-9, by 4.5e6, would turn float32's rounding of
+6e-8 into errors of 0.27 and be of no use to anybody. A defect as small as a factor of 1 + 1e-6, which float32 hides,
+stands a thousand times above the bound.
+
+The rewritten graph in the model's own dtype u is what the user gets, and float64 does not see it: a weight may have
+overflowed to infinity in float16, say. It is held to ``max(sqrt(eps), 10 r)`` where eps is the machine epsilon of the
+coarsest dtype in use and r is the original's own rounding error, measured against its float64 copy: the rewritten graph
+may round differently, but it keeps half of its digits or rounds at most ten times as badly as the original did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.analysis.outputs import Comparison, compare, non_finite, relative_error, tensor_leaves
+from fxcompress.apply import apply_pass
+from fxcompress.double import LowestPrecision, default_float64, double_example, double_graph
+from fxcompress.editing import private_copy
+from fxcompress.errors import FxCompressError, PreconditionError, VerificationError
+from fxcompress.examples import evaluate, fresh, with_larger_batch
+from fxcompress.pass_base import Example, Pass
+
+__all__ = ["EXACT_BOUND", "Change", "Verdict", "check_outputs", "failure", "prove", "reference_output"]
+
+EXACT_BOUND = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a check found; the fields are those of :class:`~fxcompress.report.PassRecord`."""
+
+    verified: bool
+    how: str
+    error: float | None = None
+    error_in_dtype: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A pass at work: the graph ``before`` and ``after`` it, the names of the nodes it rewrote, and what to run on."""
+
+    pass_: Pass
+    before: fx.GraphModule
+    after: fx.GraphModule
+    sites: tuple[str, ...]
+    example: Example
+    batches: Iterable[Example] | None = None
+
+
+def failure(change: Change, what: str) -> VerificationError:
+    """The error to raise when ``change`` does not keep its guarantee."""
+    sites = ", ".join(change.sites[:8]) + (f" and {len(change.sites) - 8} more" if len(change.sites) > 8 else "")
+    return VerificationError(
+        f"pass {change.pass_.name!r} ({change.pass_.guarantee.value}) does not keep its guarantee: {what}. It rewrote "
+        f"{sites}. That is a defect of the pass and not of your model, which is unchanged: leave the pass out and "
+        "report it"
+    )
+
+
+def reference_output(change: Change, example: Example, label: str) -> Any:
+    """What the graph before the pass gives.
+
+    Raises:
+        PreconditionError: there is a NaN in it, so that nothing could be compared.
+    """
+    output = evaluate(change.before, example)
+    where = non_finite(output)
+    if where:
+        raise PreconditionError(
+            f"the model gives NaN at {where} on {label}, before pass {change.pass_.name!r} did anything; nothing can "
+            "be compared with that. Use other inputs, repair the model, or pass verify=False"
+        )
+    return output
+
+
+def check_outputs(change: Change, after: fx.GraphModule, example: Example, reference: Any, label: str) -> Comparison:
+    """Compare ``after`` with ``reference``; what must hold under every guarantee.
+
+    Raises:
+        VerificationError: ``after`` fails, gives NaN, or gives other containers, shapes, dtypes or plain values.
+    """
+    try:
+        output = evaluate(after, example)
+    except Exception as error:  # any failure of the rewritten graph, where the original ran
+        raise failure(change, f"the rewritten graph fails on {label}: {type(error).__name__}: {error}") from error
+    where = non_finite(output)
+    if where:
+        raise failure(change, f"the rewritten graph gives NaN at {where} on {label}")
+    found = compare(reference, output)
+    if found.structural:
+        raise failure(change, f"on {label}, {'; '.join(found.structural[:5])}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    label: str
+    example: Example
+    reference: Any
+
+
+def _trials(change: Change) -> list[_Trial]:
+    """The example, fresh inputs, and another batch size; of the last two those that the original can run on."""
+    label = "the example inputs"
+    trials = [_Trial(label, change.example, reference_output(change, change.example, label))]
+    others = [("fresh inputs", fresh(change.before, change.example, seed=1))]
+    larger = with_larger_batch(change.before, change.example, seed=2)
+    if larger is not None:
+        others.append(("a larger batch", larger))
+    for label, example in others:
+        try:
+            reference = evaluate(change.before, example)
+        except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
+            continue
+        if non_finite(reference) is None:
+            trials.append(_Trial(label, example, reference))
+    return trials
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFloat64:
+    """The rerun: its largest error, the original's rounding error; or why there was none."""
+
+    error: float = 0.0
+    rounding: float = 0.0
+    impossible: str = ""
+
+
+def prove(change: Change) -> Verdict:
+    """Check that ``change`` is exact.
+
+    Where the graph cannot compute in float64 (a module with a dtype of its own inside), what is left is the check in
+    the model's own dtype, and the verdict says that nothing was proved.
+
+    Raises:
+        VerificationError: it is not.
+        PreconditionError: the original gives NaN.
+    """
+    trials = _trials(change)
+    exact = _rerun(change, trials)
+    error, notes = _check_in_dtype(change, trials, exact)
+    labels = ", ".join(trial.label for trial in trials)
+    if exact.impossible:
+        how = f"not proved: {exact.impossible}; compared in the model's own dtype only, on {labels}"
+        return Verdict(False, how, None, error, (*notes, how))
+    how = f"float64 rerun, error {exact.error:.1e} (at most {EXACT_BOUND:.0e}) on {labels}"
+    return Verdict(True, how, exact.error, error, notes)
+
+
+def _rerun(change: Change, trials: list[_Trial]) -> _InFloat64:
+    with default_float64():
+        before = double_graph(change.before)
+        after = private_copy(before)
+        twin = dataclasses.replace(change, before=before, after=after, example=double_example(change.example))
+        batches = None if change.batches is None else _Doubled(change.batches)
+        try:
+            references = [evaluate(before, double_example(trial.example)) for trial in trials]
+        except Exception as error:
+            return _InFloat64(impossible=f"the graph does not run in float64 ({type(error).__name__}: {error})")
+        if any(non_finite(reference) for reference in references):
+            return _InFloat64(impossible="the float64 copy gives NaN where the model gives none")
+        try:
+            applied = apply_pass(change.pass_, after, twin.example, batches, lambda event: None)
+        except FxCompressError as error:
+            return _InFloat64(impossible=f"the pass does not run in float64 ({error})")
+        known = {node.name for node in change.before.graph.nodes}  # and not those that the pass itself made
+        missing = known.intersection(change.sites).difference(site.node for site in applied.sites)
+        if missing:
+            raise failure(change, f"the float64 rerun, which is to prove it, leaves {', '.join(sorted(missing))} alone")
+        return _compare_in_float64(twin, trials, references)
+
+
+class _Doubled:
+    """Calibration data in float64, as often as the data itself can be read."""
+
+    def __init__(self, batches: Iterable[Example]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Any:
+        return map(double_example, self._batches)
+
+
+def _compare_in_float64(twin: Change, trials: list[_Trial], references: list[Any]) -> _InFloat64:
+    error, rounding = 0.0, 0.0
+    for trial, reference in zip(trials, references, strict=True):
+        rounding = max(rounding, _rounding(trial.reference, reference))
+        label = f"{trial.label} in float64"
+        found = check_outputs(twin, twin.after, double_example(trial.example), reference, label)
+        error = max(error, found.error)
+        if found.error <= EXACT_BOUND and not found.discrete:
+            continue
+        lowest = LowestPrecision()
+        with lowest:
+            evaluate(twin.before, double_example(trial.example))
+        if lowest.eps > torch.finfo(torch.float64).eps:
+            why = f"something inside the graph computes in {lowest.dtype} ({lowest.operator}) whatever its input"
+            return _InFloat64(rounding=rounding, impossible=why)
+        what = "; ".join(found.discrete) or f"{found.where} differs by {found.error:.1e} (at most {EXACT_BOUND:.0e})"
+        raise failure(twin, f"on {label}, {what}")
+    return _InFloat64(error, rounding)
+
+
+def _rounding(reference: Any, in_float64: Any) -> float:
+    """How far the original's output is from that of its float64 copy; tensors that do not correspond are left out."""
+    exact = dict(tensor_leaves(in_float64))
+    errors = [
+        relative_error(exact[path], tensor)
+        for path, tensor in tensor_leaves(reference)
+        if tensor.is_floating_point() and path in exact and exact[path].shape == tensor.shape
+    ]
+    return max((error for error in errors if math.isfinite(error)), default=0.0)
+
+
+def _check_in_dtype(change: Change, trials: list[_Trial], exact: _InFloat64) -> tuple[float, tuple[str, ...]]:
+    bound = max(math.sqrt(_coarsest_eps(change)), 10 * exact.rounding)
+    error, notes = 0.0, []
+    for trial in trials:
+        found = check_outputs(change, change.after, trial.example, trial.reference, trial.label)
+        error = max(error, found.error)
+        if not found.error <= bound:
+            raise failure(
+                change,
+                f"on {trial.label}, {found.where} differs by {found.error:.1e} (at most {bound:.1e}) in the model's "
+                "own dtype, which is no rounding",
+            )
+        if found.discrete and exact.impossible:
+            raise failure(change, f"on {trial.label}, {'; '.join(found.discrete)}")
+        # Equal in float64: an argmax of two values that rounding makes equal, say.
+        notes += [f"by rounding, {text} on {trial.label}" for text in found.discrete]
+    return error, tuple(notes)
+
+
+def _coarsest_eps(change: Change) -> float:
+    values = (change.example.args, change.example.kwargs)
+    tensors = [*change.before.parameters(), *change.before.buffers(), *(t for _, t in tensor_leaves(values))]
+    eps = [torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()]
+    return max(eps, default=torch.finfo(torch.float64).eps)

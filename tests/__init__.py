@@ -1,0 +1,1 @@
+"""Tests, as a package: networks are pickled, so their classes need an importable home."""

@@ -1,0 +1,147 @@
+"""Every registered pass keeps the contract, on drawn networks, single blocks and named ones; broken passes do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import event, given
+from torch import nn
+
+import fxcompress
+from fxcompress import editing
+from fxcompress.errors import VerificationError
+from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site
+from tests import contract
+from tests.networks import Network, single_blocks
+from tests.strategies import networks
+from tests.zoo import NETS
+
+PASSES = sorted(fxcompress.registered_passes())
+SINGLE_BLOCKS = single_blocks()
+
+
+@pytest.mark.parametrize("name", PASSES)
+@given(network=networks())
+def test_drawn_networks(name: str, network: Network) -> None:
+    event(f"sites: {contract.check_contract(name, network)}")
+
+
+@pytest.mark.parametrize("block", SINGLE_BLOCKS)
+@pytest.mark.parametrize("name", PASSES)
+def test_single_blocks(name: str, block: str) -> None:
+    contract.check_contract(name, SINGLE_BLOCKS[block]())
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", PASSES)
+def test_named_networks(name: str, net: str) -> None:
+    contract.check_contract(name, NETS[net]())
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_acts_somewhere(name: str) -> None:
+    """A pass that never finds a site would keep every promise."""
+    acted = {net: contract.check_untouched(name, NETS[net]()) for net in ("resnet", "mobilenet", "vit-attention")}
+    sites = [fxcompress.report(gm).to_dict()["passes"][-1]["sites"] for gm in acted.values() if gm is not None]
+    assert sum(sites) > 0
+
+
+@given(network=networks())
+def test_all_exact_passes_one_after_the_other(network: Network) -> None:
+    exact = [name for name in PASSES if fxcompress.registered_passes()[name].guarantee is Guarantee.EXACT]
+    given_ = {"example_inputs": network.args, "example_kwargs": network.kwargs}
+    result = fxcompress.compile(network.module, exact, **given_)
+    contract.check_arithmetic(result, network)
+    again = fxcompress.compile(result, exact, **given_)
+    contract.check_arithmetic(again, network)
+    assert len(fxcompress.report(again).to_dict()["passes"]) == 2 * len(exact)
+
+
+# --- the contract can fail: passes that break one clause each ---
+
+
+class Broken(Pass):
+    """Acts on every ReLU module."""
+
+    guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+
+    def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
+        for node in context.gm.graph.nodes:
+            if isinstance(context.module(node), nn.ReLU):
+                yield Site(node)
+
+
+@dataclasses.dataclass(frozen=True)
+class DropsReLU(Broken):
+    """Wrong: not equal over the reals."""
+
+    name: ClassVar[str] = "drops-relu"
+
+    def rewrite(self, site: Site) -> None:
+        editing.replace(site.node, site.node.args[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class SlightlyWrong(Broken):
+    """Wrong by 1e-6, which float32 cannot tell from rounding."""
+
+    name: ClassVar[str] = "slightly-wrong"
+
+    def rewrite(self, site: Site) -> None:
+        with site.node.graph.inserting_before(site.node):
+            scaled = site.node.graph.call_function(torch.mul, (site.node.args[0], 1 + 1e-6))
+        site.node.update_arg(0, scaled)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeverDone(Broken):
+    """Equal, but finds its own result again."""
+
+    name: ClassVar[str] = "never-done"
+
+    def rewrite(self, site: Site) -> None:
+        with site.node.graph.inserting_before(site.node):
+            again = site.node.graph.call_module(str(site.node.target), site.node.args)
+        site.node.update_arg(0, again)
+
+
+@dataclasses.dataclass(frozen=True)
+class CutsGradient(Broken):
+    """Equal in value, but what stands before it no longer trains."""
+
+    name: ClassVar[str] = "cuts-gradient"
+
+    def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
+        yield from (s for s in super().sites(context) if s.node.args[0].target != "detach")
+
+    def rewrite(self, site: Site) -> None:
+        with site.node.graph.inserting_before(site.node):
+            cut = site.node.graph.call_method("detach", (site.node.args[0],))
+        site.node.update_arg(0, cut)
+
+
+@pytest.mark.parametrize("broken", [DropsReLU(), SlightlyWrong()])
+def test_the_contract_sees_unequal_outputs(broken: Pass) -> None:
+    network = NETS["shufflenet"]()
+    with pytest.raises(AssertionError, match="declared exact"):
+        contract.check_equivalence(broken, network, contract.compress(broken, network, verify=False))
+
+
+@pytest.mark.parametrize("broken", [DropsReLU(), SlightlyWrong()])
+def test_the_engine_sees_unequal_outputs(broken: Pass) -> None:
+    with pytest.raises(VerificationError):
+        contract.compress(broken, NETS["shufflenet"]())
+
+
+def test_the_contract_sees_a_pass_that_is_never_done() -> None:
+    with pytest.raises(AssertionError, match="finds sites again"):
+        contract.check_idempotence(NeverDone(), NETS["shufflenet"]())
+
+
+def test_the_contract_sees_parameters_that_no_longer_train() -> None:
+    with pytest.raises(AssertionError, match="no gradient any more"):
+        contract.check_trains(CutsGradient(), NETS["shufflenet"]())

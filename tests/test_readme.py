@@ -1,0 +1,35 @@
+"""What the README shows works as shown."""
+
+import re
+from pathlib import Path
+
+from fxcompress.registry import registered_passes
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_blocks_run_in_order(capsys) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    namespace = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "fold-batch-norm" in capsys.readouterr().out
+
+
+def test_results_are_quoted_not_typed() -> None:
+    quoted = re.findall(r"<!-- result: ([\w-]+) -->\n(.*?)<!-- end of result -->", README, re.DOTALL)
+    assert [name for name, _ in quoted] == ["demo"]
+    for name, text in quoted:
+        assert text == (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_registered_passes_are_listed() -> None:
+    for name in registered_passes():
+        assert f"| `{name}` |" in README
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
