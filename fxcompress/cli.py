@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--repeats", type=int, default=50, metavar="N", help="timed calls for a latency (default: 50)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls for a latency (default: 20)")
     parser.add_argument(
         "--no-torch-compile", action="store_true", help="leave out torch.compile, which takes a minute for each model"
     )

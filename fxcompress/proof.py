@@ -195,13 +195,14 @@ def _compare_in_float64(twin: Change, trials: list[_Trial], references: list[Any
     for trial, reference in zip(trials, references, strict=True):
         rounding = max(rounding, _rounding(trial.reference, reference))
         label = f"{trial.label} in float64"
-        found = check_outputs(twin, twin.after, double_example(trial.example), reference, label)
+        example = double_example(trial.example)
+        found = check_outputs(twin, twin.after, example, reference, label)
         error = max(error, found.error)
         if found.error <= EXACT_BOUND and not found.discrete:
             continue
         lowest = LowestPrecision()
-        with lowest:
-            evaluate(twin.before, double_example(trial.example))
+        with lowest:  # nothing but the graph: making the float64 inputs would count as float32
+            evaluate(twin.before, example)
         if lowest.eps > torch.finfo(torch.float64).eps:
             why = f"something inside the graph computes in {lowest.dtype} ({lowest.operator}) whatever its input"
             return _InFloat64(rounding=rounding, impossible=why)

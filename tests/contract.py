@@ -26,6 +26,7 @@ __all__ = [
     "check_copies",
     "check_equivalence",
     "check_idempotence",
+    "check_outputs",
     "check_plan",
     "check_state_dict",
     "check_trains",
@@ -58,32 +59,33 @@ def compress(pass_: Pass | str, network: Network, verify: bool = True) -> fx.Gra
 
 
 def check_equivalence(pass_: Pass | str, network: Network, result: fx.GraphModule | None = None) -> None:
-    """The outputs keep the pass's guarantee on inputs that it never saw, at another batch size too."""
+    """The outputs keep the pass's guarantee on inputs that it never saw, at other batch sizes too."""
     pass_ = instance(pass_)
     result = compress(pass_, network) if result is None else result
     # Mere containers have no forward, and so nothing that the flag could change.
     computing = {n: m for n, m in result.named_modules() if type(m).forward is not nn.Module.forward}
     training = [name for name, module in computing.items() if module.training]
     assert not training, f"the model was in eval mode, these modules are not: {training}"
-    _compare(pass_, network, result, FLOAT32_TOLERANCE)
     if pass_.guarantee is Guarantee.EXACT:
+        check_outputs(network, result, FLOAT32_TOLERANCE)
         double = network.double()
         # Without the engine's verification: this is the check of the pass, that would be one of the engine.
-        _compare(pass_, double, compress(pass_, double, verify=False), network.tolerance)
+        check_outputs(double, compress(pass_, double, verify=False), network.tolerance)
+    else:
+        check_outputs(network, result)
 
 
-def _compare(pass_: Pass, network: Network, result: fx.GraphModule, tolerance: float) -> None:
+def check_outputs(network: Network, result: nn.Module, tolerance: float | None = None) -> None:
+    """On fresh inputs of several batch sizes: outputs in the same containers, finite, equal within ``tolerance``."""
     for seed, batch in ((11, network.batch), (12, network.batch + 2), (13, 1)):
         inputs = network.fresh(seed, batch)
         expected, found = run(network.module, inputs), run(result, inputs)
         assert_same_structure(expected, found)
         finite = all(leaf.isfinite().all() for _, leaf in leaves(found) if isinstance(leaf, Tensor))
-        assert finite, f"{pass_.name}: outputs that are not finite at batch size {batch}"
-        if pass_.guarantee is Guarantee.EXACT:
+        assert finite, f"outputs that are not finite at batch size {batch}"
+        if tolerance is not None:
             error = relative_error(expected, found)
-            assert error <= tolerance, (
-                f"{pass_.name} is declared exact, and off by {error:.1e} at batch size {batch} in {network.dtype}"
-            )
+            assert error <= tolerance, f"off by {error:.1e} at batch size {batch} in {network.dtype}"
 
 
 # --- the caller's model ---
@@ -247,7 +249,8 @@ def check_arithmetic(result: fx.GraphModule, network: Network) -> None:
         before, after = total[f"{what}_before"], total[f"{what}_after"]
         expected = 100 * (1 - after / before) if before else 0.0
         assert total[name] == pytest.approx(expected), f"{name} is not the reduction of {what} in percent"
-    assert sum(record["seconds"] for record in records) == pytest.approx(total["seconds"])
+    # The total covers the recording of the model too.
+    assert 0 < sum(record["seconds"] for record in records) <= total["seconds"]
 
 
 def check_plan(pass_: Pass | str, network: Network, result: fx.GraphModule | None = None) -> None:

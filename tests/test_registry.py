@@ -199,7 +199,7 @@ def test_a_broken_plugin_fails_only_when_asked_for(installed: Any) -> None:
     installed(BUILT_IN, Entry("broken", cause), Entry("plain", Plain))
     assert resolve("plain") == Plain()
     with pytest.raises(
-        UsageError, match="'broken' of plugin .* cannot be imported: ImportError: .*frobnicate"
+        UsageError, match=r"'broken' of plugin .* cannot be imported: ImportError: .*frobnicate"
     ) as caught:
         resolve("broken")
     assert caught.value.__cause__ is cause

@@ -78,8 +78,11 @@ class _CostRunner(GraphRunner):
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.macs
-        with self.counter:
-            value = self.counter.measure(super().run_node, n) if self._is_scripted(n) else super().run_node(n)
+        if self._is_scripted(n):
+            value = self.counter.measure(super().run_node, n)
+        else:
+            with self.counter:
+                value = super().run_node(n)
         self.macs[n] = self.counter.macs - before
         return value
 
@@ -131,8 +134,8 @@ class _MacCounter(TorchFunctionMode):
         return value
 
     def measure(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``func`` under ``FlopCounterMode``, and not under this counter, which would count a second time."""
-        with torch._C.DisableTorchFunction(), FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as flops:
+        """Call ``func`` under ``FlopCounterMode``; this counter must not be active, or both would count."""
+        with FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS) as flops:
             value = func(*args, **kwargs)
         self.macs += flops.get_total_flops() // 2
         return value

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fxcompress.errors import TraceError
+from fxcompress.recording import internals
 from fxcompress.recording.session import Session
 
 __all__ = ["Symbol", "align"]
@@ -82,7 +83,7 @@ class _Merge:
         def show(node: fx.Node | None, session: Session) -> str:
             if node is None:
                 return "nothing more"
-            fact = session.facts.get(node)
+            fact = session.ledger.facts.get(node)
             return f"{node.op} {node.target}" + (f" at {fact.where}" if fact else "")
 
         return TraceError(
@@ -94,12 +95,12 @@ class _Merge:
 
     def _same_constant(self, a: fx.Node, b: fx.Node) -> None:
         x, y = self.first.attributes.get(str(a.target)), self.second.attributes.get(str(b.target))
-        if x is y or not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        if x is y or not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or internals.is_fake(y):
             return
         if x.shape != y.shape or x.dtype != y.dtype or not torch.equal(x.nan_to_num(), y.nan_to_num()):
             raise TraceError(
-                f"a tensor used at {self.first.facts[a].where} was made without torch calls that can be seen (by "
-                "numpy, torch.jit or a C++ extension) and changes with the inputs; it cannot be recorded. Keep the "
+                f"a tensor used at {self.first.ledger.facts[a].where} was made without torch calls that can be seen "
+                "(by numpy, torch.jit or a C++ extension) and changes with the inputs; it cannot be recorded. Keep the "
                 "module that makes it as one call: opaque=[its path]"
             )
 
@@ -139,7 +140,7 @@ class _Merge:
         if made is None and isinstance(a, int) and isinstance(b, int):
             made = self._of_intermediate(a, b, at)
         if made is None:
-            fact = self.first.facts.get(at)
+            fact = self.first.ledger.facts.get(at)
             raise TraceError(
                 f"{at.target} at {fact.where if fact else 'an unknown place'} is called with {a} at input sizes "
                 f"{[s.sizes[0] for s in self.symbols]} and with {b} at {[s.sizes[1] for s in self.symbols]}; no rule "
@@ -198,8 +199,8 @@ class _Merge:
         node = at.prev
         while node.op != "root":
             twin = self.twin.get(node)
-            if twin is not None and node in self.first.facts and twin in self.second.facts:
-                x, y = self.first.facts[node].shape, self.second.facts[twin].shape
+            if twin is not None and node in self.first.ledger.facts and twin in self.second.ledger.facts:
+                x, y = self.first.ledger.facts[node].shape, self.second.ledger.facts[twin].shape
                 if x is not None and y is not None and len(x) == len(y) and x != y:
                     yield node, list(zip(x, y, strict=True))
             node = node.prev

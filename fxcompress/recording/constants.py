@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from fxcompress import editing
-from fxcompress.recording.session import Depends, Session
+from fxcompress.recording.facts import Depends
+from fxcompress.recording.session import Session
 
 __all__ = ["fold_constants", "follow_device"]
 
@@ -45,7 +46,7 @@ def fold_constants(session: Session, root: torch.nn.Module) -> None:
 def _constant_nodes(session: Session, order: dict[fx.Node, int]) -> set[fx.Node]:
     constant: set[fx.Node] = set()
     for node in session.graph.nodes:
-        fact = session.facts.get(node)
+        fact = session.ledger.facts.get(node)
         if node.op == "placeholder" or fact is None or fact.depends is not Depends.NOTHING:
             continue
         if all(source in constant for source in node.all_input_nodes):
@@ -60,13 +61,13 @@ def _constant_nodes(session: Session, order: dict[fx.Node, int]) -> set[fx.Node]
 
 def _is_unsafe(node: fx.Node, session: Session, constant: set[fx.Node], order: dict[fx.Node, int]) -> bool:
     """Whether folding ``node`` would lose or repeat a change to its memory."""
-    storage = session.facts[node].storage
-    writers = session.mutations.get(storage, []) if storage is not None else []
+    storage = session.ledger.facts[node].storage
+    writers = session.ledger.mutations.get(storage, []) if storage is not None else []
     if not writers:
         return False
     if any(w not in constant for w in writers):
         return True
-    sharing = [n for n in constant if session.facts[n].storage == storage]
+    sharing = [n for n in constant if session.ledger.facts[n].storage == storage]
     outside = [order[u] for n in sharing for u in n.users if u not in constant]
     return bool(outside) and min(outside) < max(order[w] for w in writers)
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = [
     "alias",
     "autograd_function_calls",
     "code_location",
     "compiling",
+    "fake_mode",
+    "is_fake",
     "module_calls",
     "non_persistent_buffers",
     "script_function_calls",
@@ -136,6 +139,16 @@ def autograd_function_calls(handler: Callable[[Callable[..., Any], Any, tuple[An
 def source_of_script_function(function: Any) -> Callable[..., Any] | None:
     """The Python function that ``torch.jit.script`` compiled, if torch still knows it."""
     return getattr(function, "_torchdynamo_inline", None)
+
+
+def fake_mode() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made or used in here have shapes, dtypes and devices, and no values; nothing is computed."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has no values."""
+    return isinstance(tensor, FakeTensor)
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:

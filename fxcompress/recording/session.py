@@ -12,43 +12,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import TraceError
 from fxcompress.modules import AutogradCall, Refill
 from fxcompress.recording import functions, internals
+from fxcompress.recording.facts import Depends, Ledger, version
 from fxcompress.recording.functions import Kind
 from fxcompress.recording.inputs import Inputs
-from fxcompress.recording.structure import Path, follow, is_namedtuple, leaves, to_argument
+from fxcompress.recording.structure import Path, children, follow, is_namedtuple, leaves, to_argument
 
-__all__ = ["DataRead", "Depends", "Fact", "Hint", "Session"]
-
-
-class Depends(enum.Flag):
-    """What the value of a node can change with, besides the sizes in its own arguments."""
-
-    NOTHING = 0
-    INPUT = enum.auto()
-    PARAMETER = enum.auto()
-    BUFFER = enum.auto()
-    RANDOM = enum.auto()
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """What a run knows of a node: what it depends on, where the model's code made it, shape and memory of its value."""
-
-    depends: Depends
-    file: str
-    line: int
-    module: str
-    shape: tuple[int, ...] | None = None
-    storage: int | None = None
-
-    @property
-    def where(self) -> str:
-        """'file:line, in module path'."""
-        return f"{self.file}:{self.line}, in module {self.module or '(the model itself)'}"
+__all__ = ["DataRead", "Hint", "Session"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +66,17 @@ class Session(TorchFunctionMode):
         self.model = model
         self.opaque = opaque
         self.graph = fx.Graph()
-        self.facts: dict[fx.Node, Fact] = {}
+        self.ledger = Ledger(model)
         self.hints: dict[fx.Node, Hint] = {}
         self.attributes: dict[str, Any] = {}
-        self.mutations: dict[int, list[fx.Node]] = {}
         self.buffer_reads: list[str] = []
         self.sizes_were_read = False
         self._inputs: dict[str, fx.Node] = {}
-        self._nodes: Any = WeakTensorKeyDictionary()
         self._objects: dict[int, tuple[Any, fx.Node, list[int]]] = {}
         self._parts: dict[tuple[fx.Node, Path], fx.Node] = {}
         self._stored: dict[str, fx.Node] = {}
-        self._kept: list[Any] = []
         self._offence: DataRead | None = None
         self._paths = {id(m): n for n, m in model.named_modules()}
-        self._names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self._stack: list[tuple[str, nn.Module]] = [("", model)]
         self._paused = 0
         self._thread = threading.get_ident()
@@ -150,9 +119,7 @@ class Session(TorchFunctionMode):
         for argument in inputs.arguments:
             for path, leaf in leaves(argument.value):
                 if isinstance(leaf, torch.Tensor):
-                    part = self.input_node(argument.name, path)
-                    self._note(part, leaf, Depends.INPUT)
-                    self._nodes[leaf] = part
+                    self._note(self.input_node(argument.name, path), leaf, Depends.INPUT)
 
     def input_node(self, name: str, path: Path) -> fx.Node:
         """The node of the tensor at ``path`` in argument ``name``."""
@@ -179,7 +146,7 @@ class Session(TorchFunctionMode):
             return func(*args, **kwargs)
         kind = functions.classify(func)
         if kind is Kind.QUESTION:
-            if functions.reads_sizes(func, args, kwargs) and self._depends(args[:1]) & Depends.INPUT:
+            if functions.reads_sizes(func, args, kwargs) and self.ledger.depends(args[:1]) & Depends.INPUT:
                 self.sizes_were_read = True
             return func(*args, **kwargs)
         if kind is Kind.DATA_READ:
@@ -208,10 +175,10 @@ class Session(TorchFunctionMode):
             node_kwargs = {k: self._argument(v) for k, v in kwargs.items()}
             node = self.graph.create_node(op, target, node_args, node_kwargs)
             depends = self._node_depends(node, func)
-            versions = [_version(t) for t in given]
+            versions = [version(t) for t in given]
             grad = torch.is_grad_enabled()
             out = call()
-            changed = [t for t, v in zip(given, versions, strict=True) if v is not None and _version(t) != v]
+            changed = [t for t, v in zip(given, versions, strict=True) if v is not None and version(t) != v]
             self._hint(node, func, given, kwargs)
             return self._bind(node, out, given, changed, depends, grad)
 
@@ -224,11 +191,8 @@ class Session(TorchFunctionMode):
         depends: Depends,
         grad: bool,
     ) -> Any:
-        self._note(node, out, depends)
-        for tensor in changed:
-            key = _storage(tensor)
-            if key is not None:
-                self.mutations.setdefault(key, []).append(node)
+        self._note(node, None, depends)  # what it returns is noted part by part below
+        self.ledger.changed_by(node, changed)
         inside = [leaf for _, leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
         if not inside:
             return self._without_tensors(node, out, given, changed)
@@ -241,25 +205,26 @@ class Session(TorchFunctionMode):
                 if not grad and differentiable and not changed:  # made under no_grad: no gradient may pass here
                     part = self.graph.call_method("detach", (part,))
                 self._note(part, leaf, depends)
-                self._nodes[leaf] = part
         if node.op == "call_module" and not isinstance(out, torch.Tensor):
             self._objects[id(out)] = (out, node, [id(t) for t in inside])
         return out
 
     def _without_tensors(self, node: fx.Node, out: Any, given: list[torch.Tensor], changed: list[torch.Tensor]) -> Any:
+        if node.op == "call_module" and isinstance(out, (int, float, complex, str)):
+            self._data_read(f"module {node.target}, which returns {type(out).__name__},", tuple(given), {})
         if changed or node.op == "call_module":
-            if out is not None:
+            if children(out):
                 self._objects[id(out)] = (out, node, [])
             return out
         if out is not None and given and not _is_assertion(node):
             self._data_read(str(node.target), tuple(given), {})
         if not (given and _is_assertion(node)):
-            self.facts.pop(node, None)
+            self.ledger.forget(node)
             self.graph.erase_node(node)
         return out
 
     def _data_read(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        depends = self._depends((args, kwargs))
+        depends = self.ledger.depends((args, kwargs))
         if depends & (Depends.INPUT | Depends.PARAMETER | Depends.RANDOM):
             path = self._stack[-1][0]
             source = "an input" if depends & Depends.INPUT else "a parameter"
@@ -328,10 +293,10 @@ class Session(TorchFunctionMode):
         return to_argument(value, self._tensor_node, self._object_node, self.graph, self._argument)
 
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
-        node = self._nodes.get(tensor)
+        node = self.ledger.node_of(tensor)
         if node is not None:
-            return node  # type: ignore[no-any-return]
-        name = self._names.get(id(tensor))
+            return node
+        name = self.ledger.names.get(id(tensor))
         depends = Depends.NOTHING
         if name is None:
             name = self._constant_name(tensor)
@@ -341,12 +306,11 @@ class Session(TorchFunctionMode):
             depends = Depends.PARAMETER if isinstance(tensor, nn.Parameter) else Depends.BUFFER
         node = self._get_attr(name)
         self._note(node, tensor, depends)
-        self._nodes[tensor] = node
         return node
 
     def _constant_name(self, tensor: torch.Tensor) -> str:
         """A name for a tensor that no operation of this run has made and that is no parameter or buffer."""
-        self._kept.append(tensor)
+        self.ledger.keep(tensor)
         for path, module in self.model.named_modules():
             for key, value in vars(module).items():
                 if value is tensor:
@@ -384,40 +348,10 @@ class Session(TorchFunctionMode):
 
     # ------------------------------------------------------------------------------------------------- facts
     def _note(self, node: fx.Node, value: Any, depends: Depends) -> None:
-        file, line = internals.code_location()
-        shape = storage = None
-        if isinstance(value, torch.Tensor):
-            shape, storage = tuple(value.shape), _storage(value)
-            if not depends & (Depends.INPUT | Depends.PARAMETER):
-                self._kept.append(value)  # so that its memory is not given to another tensor
-        self.facts[node] = Fact(depends, file, line, self._stack[-1][0], shape, storage)
-
-    def _depends(self, value: Any) -> Depends:
-        result = Depends.NOTHING
-        for _, leaf in leaves(value):
-            if isinstance(leaf, torch.Tensor):
-                result |= self._tensor_depends(leaf)
-        return result
-
-    def _tensor_depends(self, tensor: torch.Tensor) -> Depends:
-        node = self._nodes.get(tensor)
-        if node is not None:
-            return self._with_mutations(self.facts[node])
-        if id(tensor) in self._names:
-            return Depends.PARAMETER if isinstance(tensor, nn.Parameter) else Depends.BUFFER
-        return Depends.NOTHING
-
-    def _with_mutations(self, fact: Fact) -> Depends:
-        depends = fact.depends
-        for writer in self.mutations.get(fact.storage, ()) if fact.storage is not None else ():
-            depends |= self.facts[writer].depends
-        return depends
+        self.ledger.note(node, value, depends, self._stack[-1][0])
 
     def _node_depends(self, node: fx.Node, func: Any) -> Depends:
-        depends = Depends.NOTHING
-        for source in node.all_input_nodes:
-            if source in self.facts:
-                depends |= self._with_mutations(self.facts[source])
+        depends = self.ledger.inputs_depend(node)
         if func is not None and functions.draws_random_numbers(func):
             depends |= Depends.RANDOM
         if node.op == "call_module" and str(node.target) not in self.attributes:
@@ -471,17 +405,6 @@ def is_leaf(module: nn.Module) -> bool:
 
 def _is_assertion(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", str(node.target)) in ("_assert", "_assert_async")
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: torch.Tensor) -> int | None:
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        return None
-    key: int = tensor.untyped_storage()._cdata
-    return key
 
 
 def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

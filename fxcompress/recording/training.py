@@ -32,7 +32,7 @@ def training_uses(session: Session, record_again: Callable[[], Session]) -> dict
 
     Args:
         session: the recording.
-        record_again: records another run of the same model, in the mode that it is in when called.
+        record_again: records another run of the same model in the other mode.
     """
     other: dict[tuple[str, Any], list[fx.Node]] = {}
     if any(node.target in _DROPS for node in session.hints):
@@ -55,22 +55,16 @@ def _by_module(session: Session) -> dict[tuple[str, Any], list[fx.Node]]:
 
 
 def _in_other_mode(session: Session, record_again: Callable[[], Session]) -> dict[tuple[str, Any], list[fx.Node]]:
-    model = session.model
-    flags = [(m, m.training) for m in model.modules()]
-    model.train(not model.training)
     try:
         return _by_module(record_again())
     except Exception as error:  # the mode nobody asked for may not work at all; the graph then keeps its own mode's way
         warnings.warn(
-            f"the model does not run in {'training' if model.training else 'eval'} mode ({type(error).__name__}: "
-            f"{error}); calls of dropout in the graph keep what they did in the mode it was traced in",
+            f"the model does not run in {'eval' if session.model.training else 'training'} mode "
+            f"({type(error).__name__}: {error}); calls of dropout in the graph keep what they did in the mode it was traced in",
             TraceWarning,
             stacklevel=6,
         )
         return {}
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _use(session: Session, node: fx.Node, twin: fx.Node | None) -> TrainingUse:

@@ -105,11 +105,15 @@ def _default(signal: Signal) -> Block:
     return build(cls, signal, **{name: values[0] for name, values in cls.OPTIONS.items()})
 
 
-def single_blocks() -> dict[str, Callable[[], Network]]:
-    """One network per block, kind of signal and option value: what random drawing meets only sooner or later."""
+def single_blocks(every_kind: bool = True) -> dict[str, Callable[[], Network]]:
+    """One network per block, option value and kind of signal: what random drawing meets only sooner or later.
+
+    Args:
+        every_kind: whether to build it for every kind of signal that the block reads, or for the first of them.
+    """
     networks = {}
     for block in (*BLOCKS, *COMPOSITES):
-        for signal in _signals_for(block):
+        for signal in _signals_for(block)[: None if every_kind else 1]:
             for options in _variations(block):
                 shown = ",".join(f"{k}={v}" for k, v in options.items())
                 name = f"{block.__name__}({shown}) {signal.kind}"

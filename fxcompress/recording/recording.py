@@ -1,0 +1,176 @@
+"""From a model and its inputs to a graph module: record at two sizes, align, fold constants, find the vocabulary."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxcompress import editing
+from fxcompress.analysis.running import undisturbed
+from fxcompress.canonical import canonicalize
+from fxcompress.errors import TraceError, TraceWarning
+from fxcompress.recording import internals
+from fxcompress.recording.alignment import Symbol, align
+from fxcompress.recording.comparing import SEED
+from fxcompress.recording.constants import fold_constants, follow_device
+from fxcompress.recording.dimensions import size_choices
+from fxcompress.recording.inputs import Dimension, Inputs
+from fxcompress.recording.retracing import Retracer
+from fxcompress.recording.session import DataRead, Session
+from fxcompress.recording.training import training_uses
+
+__all__ = ["Recording"]
+
+_WORTH_FAKING = 1.0
+"""Seconds of one run above which a run that only has to show sizes is done on tensors without values."""
+
+
+class Recording:
+    """The recordings of one model.
+
+    Args:
+        work: the model, a private copy.
+        inputs: what it is known to run on.
+        seconds: how long it takes to.
+        opaque: paths of modules to keep as one call.
+        auto: whether to add to those every module that looks at data.
+    """
+
+    def __init__(self, work: nn.Module, inputs: Inputs, seconds: float, opaque: frozenset[str], auto: bool) -> None:
+        self.work, self.inputs, self.seconds = work, inputs, seconds
+        self.opaque, self.auto = opaque, auto
+        self.free: dict[Dimension, str] = {}
+        self.sizes_were_read = False
+
+    def graph_module(self, free: dict[Dimension, str]) -> fx.GraphModule:
+        """The graph, with the ``free`` dimensions free if the model runs at other sizes of them; ``self.free`` then
+        says whether."""
+        session = self._record_free(free)
+        uses = training_uses(session, self._in_other_mode)
+        self.sizes_were_read = session.sizes_were_read
+        root = session.model
+        for path, value in session.attributes.items():
+            editing.set_attribute(root, path, value)
+        fold_constants(session, root)
+        for (name, path), tensor in self.inputs.tensors().items():
+            follow_device(session.graph, session.input_node(name, path), tensor.device)
+            break
+        session.graph._tracer_cls = Retracer
+        gm = fx.GraphModule(root, session.graph, type(root).__name__)
+        _restore_flags(gm, root)
+        canonicalize(gm, uses)
+        _restore_counters(gm, root)
+        if session.buffer_reads:
+            warnings.warn(
+                f"the model reads the value of a buffer by {session.buffer_reads[0]}; the graph keeps what followed "
+                "from the value it has now",
+                TraceWarning,
+                stacklevel=4,
+            )
+        return gm
+
+    def _record_free(self, dims: dict[Dimension, str]) -> Session:
+        failure: Exception | None = None
+        for sizes in size_choices(self.inputs, dims):
+            try:
+                session = self._record_pair(dims, sizes)
+            except TraceError:
+                raise
+            except Exception as error:  # the model's own: it may not run at these sizes
+                failure = failure or error
+                continue
+            self.free = dims
+            return session
+        named = sorted(set(dims.values()) - {"batch"})
+        if named:
+            raise TraceError(
+                f"the model does not run at other sizes of {named}: {type(failure).__name__}: {failure}"
+            ) from failure
+        if failure is not None:
+            warnings.warn(
+                f"the model runs at no other batch size than the example's ({type(failure).__name__}: {failure}); the "
+                "graph is fixed to it",
+                TraceWarning,
+                stacklevel=5,
+            )
+        return self._record(self.inputs.changed({}, seed=1))
+
+    def _record_pair(self, dims: dict[Dimension, str], sizes: dict[str, tuple[int, int]]) -> Session:
+        larger, smaller = (
+            self.inputs.changed({d: sizes[label][i] for d, label in dims.items()}, seed=1 + i) for i in (0, 1)
+        )
+        while True:
+            opaque = self.opaque
+            first = self._record(smaller)
+            second = self._glance(larger)
+            if self.opaque == opaque:
+                break
+        source: dict[str, tuple[fx.Node, int]] = {}
+        for (name, path, dim), label in dims.items():
+            source.setdefault(label, (first.input_node(name, path), dim))
+        align(first, second, [Symbol(label, sizes[label][::-1], *source[label]) for label in source])
+        return first
+
+    def _in_other_mode(self) -> Session:
+        flags = [(m, m.training) for m in self.work.modules()]
+        self.work.train(not self.work.training)
+        try:
+            return self._glance(self.inputs)
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+    def _glance(self, inputs: Inputs) -> Session:
+        """A recording of which only calls and sizes matter: where a run takes long, of one without values."""
+        if self.seconds < _WORTH_FAKING:
+            return self._record(inputs)
+        opaque = self.opaque
+        try:
+            with internals.fake_mode() as mode:
+                return self._record(inputs.converted(mode.from_tensor))
+        except Exception:  # something needs values, or has no kernel that works without: then with them
+            self.opaque = opaque
+            return self._record(inputs)
+
+    def _record(self, inputs: Inputs) -> Session:
+        """One recorded run; with ``auto`` again for each module that turns out to look at data.
+
+        It is a run of a copy that shares all parameters and buffers: what a run leaves in Python attributes is not
+        there for the next one, so all recordings start alike.
+        """
+        shared: dict[int, Any] = {id(t): t for t in [*self.work.parameters(), *self.work.buffers()]}
+        while True:
+            session = Session(copy.deepcopy(self.work, dict(shared)), self.opaque)
+            run = inputs.changed({})
+            try:
+                with undisturbed(self.work, run.values()):
+                    torch.manual_seed(SEED)
+                    session.run(run)
+                return session
+            except DataRead as error:
+                if not self.auto or error.module == "" or error.module in self.opaque:
+                    raise
+                self.opaque = self.opaque | {error.module}
+
+
+def _restore_flags(gm: fx.GraphModule, work: nn.Module) -> None:
+    """What ``GraphModule`` forgets: training flags of containers, and which buffers stay out of the state_dict."""
+    for path, module in gm.named_modules():
+        original = work.get_submodule(path) if path else work
+        module.training = original.training
+        hidden = internals.non_persistent_buffers(original)
+        for name in module._buffers:
+            if name in hidden or name not in original._buffers:
+                internals.non_persistent_buffers(module).add(name)
+
+
+def _restore_counters(gm: fx.GraphModule, work: nn.Module) -> None:
+    """A functional batch norm does not read its batch counter, so the graph has lost its value."""
+    counters = {n: b for n, b in work.named_buffers() if n.endswith("num_batches_tracked")}
+    for name, buffer in gm.named_buffers():
+        if name in counters:
+            buffer.data = counters[name].data
