@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from fxcompress.analysis.outputs import compare
 from fxcompress.canonical import canonicalize
+from fxcompress.checks import check_model
 from fxcompress.errors import TraceError, TraceWarning, UsageError
 from fxcompress.recording import internals
 from fxcompress.recording.comparing import difference, run
@@ -63,12 +64,13 @@ def trace(
 
     Raises:
         UsageError: no module, or inputs that do not fit the signature.
+        PreconditionError: a parameter has no values yet (meta device, lazy modules).
         TraceError: the model fails on the example (its own error is the cause), looks at tensor data, does other things
             at other batch sizes, or the graph is not equal to it.
     """
     if isinstance(model, fx.GraphModule):
         return model
-    model = _checked(model)
+    model = check_model(model)
     if example_inputs is None and not example_kwargs:
         return _symbolic(model)
     args = _positional(example_inputs)
@@ -91,28 +93,6 @@ def trace(
 
 
 # ------------------------------------------------------------------------------------------------- before recording
-def _checked(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        hint = " Make an instance of the class first" if isinstance(model, type) else ""
-        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}: {model!r:.80}.{hint}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UsageError(
-            "a ScriptModule cannot be recorded, since its code runs outside Python; pass the module it was made from"
-        )
-    original = getattr(model, "_orig_mod", None)
-    if isinstance(original, nn.Module):  # torch.compile wraps modules so
-        return _checked(original)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            raise UsageError(f"parameter {name} is not initialised yet; run the model once on real inputs first")
-        if tensor.is_meta:
-            raise UsageError(
-                f"{name} is on the meta device and has no values; load the weights first "
-                "(model.to_empty(device=...) and load_state_dict)"
-            )
-    return model
-
-
 def _positional(example_inputs: Any) -> tuple[Any, ...]:
     if example_inputs is None:
         return ()

@@ -13,6 +13,7 @@ from torch import nn
 import fxcompress
 from fxcompress.analysis.outputs import compare
 from fxcompress.errors import TraceWarning
+from fxcompress.recording import internals, recording
 from fxcompress.trace import trace
 from tests import recorded_models as models
 
@@ -273,3 +274,31 @@ def test_torch_compile_and_export_take_the_graph() -> None:
     assert explained.graph_break_count == 0
     exported = torch.export.export(gm, (x,)).module()
     assert compare(gm(x), exported(x)).error <= _TOLERANCE
+
+
+def test_a_slow_model_is_computed_only_once_while_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that only have to show sizes are made on tensors without values; the graph is the same."""
+    made: list[bool] = []
+
+    class Watched(models.AttentionByFlag):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made.append(internals.is_fake(x))
+            return super().forward(x)
+
+    model = Watched().eval()
+    trace(model, (torch.randn(1, 5, 8),))
+    assert not any(made)
+    monkeypatch.setattr(recording, "_WORTH_FAKING", 0.0)
+    made.clear()
+    gm = trace(model, (torch.randn(1, 5, 8),))
+    assert made.count(True) == 2  # the larger batch, and the other mode
+    assert_same(gm, model, torch.randn(4, 5, 8))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recording_without_values_gives_the_same_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, make = CASES[name]
+    model, x = kind().eval(), make(2)
+    expected = trace(model, (x,))
+    monkeypatch.setattr(recording, "_WORTH_FAKING", 0.0)
+    assert trace(model, (x,)).code == expected.code

@@ -87,7 +87,7 @@ def _convolution(layers: Layers, node: fx.Node, given: dict[str, Any], use: Trai
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     module: nn.Module = kinds[
         node.target
-    ](  # type: ignore[call-arg]
+    ](
         *sizes, tuple(tensor.shape[2:]), bias=bias is not None, device="meta", dtype=tensor.dtype, **options
     )
     fill(module, tensor, layers.gm.training, weight=tensor, bias=layers.parameter(bias))
@@ -244,7 +244,7 @@ def _dropout(layers: Layers, node: fx.Node, given: dict[str, Any], use: Training
     if use is None or not use.follows:
         return None
     inplace = bool(given.get("inplace", False))
-    module = _DROPOUTS[node.target](p=use.probability, inplace=inplace)  # type: ignore[call-arg]
+    module = _DROPOUTS[node.target](p=use.probability, inplace=inplace)
     module.train(bool(given.get("training", True)))
     return editing.add_module(layers.gm, f"dropouts.{node.name}", module), (given["input"],), {}
 

@@ -3,6 +3,8 @@ anew in each run are made on the device of the inputs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -89,26 +91,29 @@ def _evaluate(graph: fx.Graph, constant: set[fx.Node], root: torch.nn.Module) ->
     return dict(interpreter.env)
 
 
-def follow_device(graph: fx.Graph, first_tensor: fx.Node | None, device: torch.device) -> None:
+def follow_device(graph: fx.Graph, first_tensor: fx.Node, device: torch.device) -> None:
     """Let operations that were given ``device`` by name use the device of the first input tensor instead, so that the
     graph moves with ``gm.to(...)``."""
-    if first_tensor is None:
-        return
     named = [n for n in graph.nodes if n.op != "placeholder" and _names_device((n.args, n.kwargs), device)]
     if not named:
         return
     with graph.inserting_before(named[0]):
         node = graph.call_function(getattr, (first_tensor, "device"))
 
-    def put(value: object) -> object:
+    def put(value: Any) -> Any:
         return node if isinstance(value, torch.device) and value == device else value
 
     for user in named:
-        user.args = fx.node.map_aggregate(user.args, put)  # type: ignore[arg-type, assignment]
-        user.kwargs = fx.node.map_aggregate(user.kwargs, put)  # type: ignore[arg-type, assignment]
+        user.args = fx.node.map_aggregate(user.args, put)
+        user.kwargs = fx.node.map_aggregate(user.kwargs, put)
 
 
-def _names_device(value: object, device: torch.device) -> bool:
+def _names_device(value: Any, device: torch.device) -> bool:
     found: list[bool] = []
-    fx.node.map_aggregate(value, lambda v: found.append(isinstance(v, torch.device) and v == device) or v)  # type: ignore[arg-type, func-returns-value]
+
+    def look(leaf: Any) -> Any:
+        found.append(isinstance(leaf, torch.device) and leaf == device)
+        return leaf
+
+    fx.node.map_aggregate(value, look)
     return any(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -116,5 +117,5 @@ def insert_guards(gm: fx.GraphModule, inputs: Inputs, fixed: set[Dimension]) -> 
     with gm.graph.inserting_before(placeholders[-1].next):
         for node in placeholders:
             name = str(node.target)
-            guard(gm.graph, node, arguments[name], lambda path, tensor, name=name: sizes(name, path, tensor))
+            guard(gm.graph, node, arguments[name], functools.partial(sizes, name))
     gm.recompile()

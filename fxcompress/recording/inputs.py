@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,11 +79,19 @@ class Inputs:
                 memo[id(tensor)] = result.clone()
             return memo[id(tensor)]
 
-        arguments = [
-            dataclasses.replace(a, value=_map(a.value, (), lambda p, t, n=a.name: change(n, p, t)))
-            for a in self.arguments
-        ]
-        return Inputs(tuple(arguments))
+        return self._mapped(change)
+
+    def converted(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """The same inputs with ``convert`` applied to every tensor."""
+        return self._mapped(lambda name, path, tensor: convert(tensor))
+
+    def _mapped(self, change: Callable[[str, Path, torch.Tensor], torch.Tensor]) -> Inputs:
+        return Inputs(
+            tuple(
+                dataclasses.replace(a, value=_map(a.value, (), functools.partial(change, a.name)))
+                for a in self.arguments
+            )
+        )
 
 
 def _other_values(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -115,8 +125,6 @@ def _map(value: Any, path: Path, change: Callable[[Path, torch.Tensor], torch.Te
 
 
 def _copy_with(value: Any, new: dict[tuple[str, Any], Any]) -> Any:
-    import copy
-
     result = copy.copy(value)
     for (kind, key), part in new.items():
         if kind == "item":

@@ -129,7 +129,7 @@ def autograd_function_calls(handler: Callable[[Callable[..., Any], Any, tuple[An
     def apply(cls: Any, *args: Any) -> Any:
         return handler(original.__get__(None, cls), cls, args)
 
-    kind.apply = classmethod(apply)  # type: ignore[assignment]
+    kind.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

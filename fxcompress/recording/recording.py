@@ -41,7 +41,8 @@ class Recording:
     """
 
     def __init__(self, work: nn.Module, inputs: Inputs, seconds: float, opaque: frozenset[str], auto: bool) -> None:
-        self.work, self.inputs, self.seconds = work, inputs, seconds
+        self.work, self.inputs = work, inputs
+        self.faking = seconds >= _WORTH_FAKING
         self.opaque, self.auto = opaque, auto
         self.free: dict[Dimension, str] = {}
         self.sizes_were_read = False
@@ -56,9 +57,9 @@ class Recording:
         for path, value in session.attributes.items():
             editing.set_attribute(root, path, value)
         fold_constants(session, root)
-        for (name, path), tensor in self.inputs.tensors().items():
-            follow_device(session.graph, session.input_node(name, path), tensor.device)
-            break
+        first = next(iter(self.inputs.tensors().items()), None)
+        if first is not None:
+            follow_device(session.graph, session.input_node(*first[0]), first[1].device)
         session.graph._tracer_cls = Retracer
         gm = fx.GraphModule(root, session.graph, type(root).__name__)
         _restore_flags(gm, root)
@@ -112,7 +113,13 @@ class Recording:
         source: dict[str, tuple[fx.Node, int]] = {}
         for (name, path, dim), label in dims.items():
             source.setdefault(label, (first.input_node(name, path), dim))
-        align(first, second, [Symbol(label, sizes[label][::-1], *source[label]) for label in source])
+        try:
+            align(first, second, [Symbol(label, sizes[label][::-1], *source[label]) for label in source])
+        except TraceError:
+            if not self.faking:
+                raise
+            self.faking = False  # without values the model may have done something else: once more with them
+            return self._record_pair(dims, sizes)
         return first
 
     def _in_other_mode(self) -> Session:
@@ -126,14 +133,14 @@ class Recording:
 
     def _glance(self, inputs: Inputs) -> Session:
         """A recording of which only calls and sizes matter: where a run takes long, of one without values."""
-        if self.seconds < _WORTH_FAKING:
+        if not self.faking:
             return self._record(inputs)
         opaque = self.opaque
         try:
             with internals.fake_mode() as mode:
                 return self._record(inputs.converted(mode.from_tensor))
         except Exception:  # something needs values, or has no kernel that works without: then with them
-            self.opaque = opaque
+            self.opaque, self.faking = opaque, False
             return self._record(inputs)
 
     def _record(self, inputs: Inputs) -> Session:

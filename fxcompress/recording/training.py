@@ -60,7 +60,7 @@ def _in_other_mode(session: Session, record_again: Callable[[], Session]) -> dic
     except Exception as error:  # the mode nobody asked for may not work at all; the graph then keeps its own mode's way
         warnings.warn(
             f"the model does not run in {'eval' if session.model.training else 'training'} mode "
-            f"({type(error).__name__}: {error}); calls of dropout in the graph keep what they did in the mode it was traced in",
+            f"({type(error).__name__}: {error}); in the graph, dropout does what it did in the mode it was traced in",
             TraceWarning,
             stacklevel=6,
         )
