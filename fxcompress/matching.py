@@ -204,7 +204,8 @@ class Memory:
         if node.op in ("placeholder", "get_attr", "output"):
             return
         known = is_torch_call(node) or (node.op == "call_function" and node.target is getattr)
-        if not known:
+        schema = getattr(node.target, "_schema", None)  # of torch.ops, whose names tell less
+        if not known or (schema is not None and schema.is_mutable):
             yield from node.all_input_nodes
         elif is_inplace(node):
             out = node.kwargs.get("out")

@@ -238,17 +238,18 @@ def _by_batch(
         norm.track_running_stats, norm.momentum = True, None  # a plain average
         norm.reset_running_stats()
         norms[node] = norm
+    found: dict[fx.Node, _Statistics] = {}
     count = 0
-    for count, batch in enumerate(batches, start=1):
-        check_batch(gm, batch, count - 1)
-        values = bind_inputs(twin, batch.args, dict(batch.kwargs))
-        with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), undisturbed(twin):
+        for count, batch in enumerate(batches, start=1):
+            check_batch(gm, batch, count - 1)
+            values = bind_inputs(twin, batch.args, dict(batch.kwargs))
             GraphRunner(twin).run(*copied(values), enable_io_processing=False)
-    found = {}
-    for node, norm in norms.items():
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        found[node] = _Statistics(wanted[node], norm.running_mean, norm.running_var, count)
+        for node, norm in norms.items():
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            mean, var = norm.running_mean.clone(), norm.running_var.clone()  # undisturbed() will put the old ones back
+            found[node] = _Statistics(wanted[node], mean, var, count)
     return found
 
 

@@ -79,31 +79,34 @@ class Layers:
             return self._made[identity]
         owners = {t.rpartition(".")[0] for t in targets.values()}
         owner = min(owners, key=len) if owners else ""
-        at_home = len(owners) == 1 and owner and all(t == f"{owner}.{n}" for n, t in targets.items())
-        if at_home and type(self.gm.get_submodule(owner)) is nn.Module:
+        bare = bool(owner) and type(self.gm.get_submodule(owner)) is nn.Module
+        if bare and len(owners) == 1 and self._at_home(owner, targets):
             path = owner
-            _take_over(self.gm.get_submodule(owner), module)
+            self._move_children(owner)
             editing.set_attribute(self.gm, path, module)
         else:
-            bare = owner and type(self.gm.get_submodule(owner)) is nn.Module  # nothing is put inside a real layer
-            joint = "." if bare else "_"
+            joint = "." if bare else "_"  # nothing is put inside a real layer
             path = editing.add_module(self.gm, f"{owner}{joint}{kind}" if owner else kind, module)
         self._made[identity] = path
         self._called.add(path)
         return path
 
+    def _at_home(self, owner: str, targets: Mapping[str, str]) -> bool:
+        """Whether the container ``owner`` holds the tensors of the new module, under its names, and no others."""
+        container = self.gm.get_submodule(owner)
+        held = {name for name, _ in [*container.named_parameters(), *container.named_buffers()]}
+        return all(t == f"{owner}.{n}" for n, t in targets.items()) and held == set(targets)
 
-def _take_over(bare: nn.Module, module: nn.Module) -> None:
-    """Give ``module`` what else the graph reads from the bare container whose place it takes."""
-    for name, child in bare.named_children():
-        module.add_module(name, child)
-    for name, parameter in bare.named_parameters(recurse=False):
-        if name not in module._parameters:
-            module.register_parameter(name, parameter)
-    for name, buffer in bare.named_buffers(recurse=False):
-        if name not in module._buffers:
-            persistent = name not in bare._non_persistent_buffers_set
-            module.register_buffer(name, buffer, persistent=persistent)
+    def _move_children(self, owner: str) -> None:
+        """Modules without tensors that the graph calls below ``owner`` (an activation inside a norm) move beside it,
+        since a layer that has others inside could not be replaced."""
+        container = self.gm.get_submodule(owner)
+        for name, child in list(container.named_children()):
+            path = editing.add_module(self.gm, f"{owner}_{name}", child)
+            for node in self.gm.graph.nodes:
+                if node.op == "call_module" and f"{node.target}.".startswith(f"{owner}.{name}."):
+                    node.target = path + str(node.target)[len(f"{owner}.{name}") :]
+                    self._called.add(str(node.target))
 
 
 def fill(module: nn.Module, like: torch.Tensor, training: bool, **tensors: torch.Tensor | None) -> nn.Module:

@@ -85,9 +85,7 @@ def _convolution(layers: Layers, node: fx.Node, given: dict[str, Any], use: Trai
     sizes = (rows, columns) if transposed else (columns, rows)
     kinds = _TRANSPOSED if transposed else _CONVOLUTIONS
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    module: nn.Module = kinds[
-        node.target
-    ](
+    module: nn.Module = kinds[node.target](
         *sizes, tuple(tensor.shape[2:]), bias=bias is not None, device="meta", dtype=tensor.dtype, **options
     )
     fill(module, tensor, layers.gm.training, weight=tensor, bias=layers.parameter(bias))

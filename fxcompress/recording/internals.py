@@ -133,7 +133,7 @@ def autograd_function_calls(handler: Callable[[Callable[..., Any], Any, tuple[An
     try:
         yield
     finally:
-        kind.apply = original
+        kind.apply = original  # type: ignore[method-assign]
 
 
 def source_of_script_function(function: Any) -> Callable[..., Any] | None:

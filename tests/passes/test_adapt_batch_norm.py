@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
+import fxcompress
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.passes.adapt_batch_norm import AdaptBatchNorm, ChannelMoments
 from tests.passes.driver import apply, error, randomise, reasons
@@ -192,3 +193,13 @@ def test_bad_calls() -> None:
         apply(AdaptBatchNorm(), net(), calibration=[data(2)[0], (data(2)[0], torch.zeros(2))])
     with pytest.raises(UsageError, match="no batches"):
         apply(AdaptBatchNorm(), net(), calibration=[])
+
+
+@pytest.mark.parametrize("spec", ["adapt-batch-norm", "adapt-batch-norm:mode=batch"])
+def test_end_to_end(spec: str) -> None:
+    model, batches = net().float(), [batch.float() for batch in data(3, 2)]
+    gm = fxcompress.compile(model, [spec], example_inputs=batches[0], calibration=batches)
+    record = fxcompress.report(gm).passes[0]
+    assert (record.sites, record.verified, record.parameters_before) == (3, True, record.parameters_after)
+    assert record.error is not None
+    assert record.error > 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
+import fxcompress
 from fxcompress.pass_base import PassContext, Site
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm
 from tests.passes.driver import apply, calls, error, randomise, reasons, refused
@@ -508,3 +509,27 @@ def test_folding_needs_no_example_where_the_rank_is_certain() -> None:
 
 def test_sync_batch_norm_folds() -> None:
     folds(seq(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4)), X.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_end_to_end(dtype: torch.dtype) -> None:
+    class Functional(nn.Module):
+        """Its batch norm is a function until tracing makes it a module."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = self.norm
+            y = torch.nn.functional.conv1d(x, self.conv.weight)
+            return torch.nn.functional.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias)
+
+    model = randomise(Functional()).to(dtype)
+    gm = fxcompress.compile(model, ["fold-batch-norm"], example_inputs=torch.randn(2, 3, 8, dtype=dtype))
+    record = fxcompress.report(gm).passes[0]
+    assert (record.sites, record.verified) == (1, True)
+    assert record.error is not None
+    assert record.error < EXACT
+    assert calls(gm, BATCH_NORM) == 0
+    assert {p.dtype for p in gm.parameters()} == {dtype}

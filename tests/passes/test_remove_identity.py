@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import fxcompress
 from fxcompress.passes.remove_identity import RemoveIdentity
 from tests.passes.driver import apply, error, reasons, refused
 
@@ -340,3 +341,14 @@ def test_chains_go_at_once() -> None:
 def test_idempotent() -> None:
     gm = removes(lambda x: x.clone().view(x.shape).relu(), sites=2)
     assert not apply(RemoveIdentity(), gm, inputs(False))[1].sites
+
+
+def test_end_to_end() -> None:
+    def body(x: Tensor) -> Tensor:
+        x = F.dropout(x, 0.1, training=False).view(x.shape[0], 4, -1, x.shape[3])
+        return torch.flatten(x + 0, 1).view(x.size(0), -1)
+
+    gm = fxcompress.compile(Net(body).eval(), ["remove-identity"], example_inputs=inputs(False))
+    record = fxcompress.report(gm).passes[0]
+    assert (record.verified, record.error) == (True, 0.0)
+    assert {n.target for n in gm.graph.nodes} <= {"x", "layer", torch.flatten, "flatten", "output"}
