@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
 from models import Model
 
-__all__ = ["Limits", "Measure", "sweep"]
+__all__ = ["Limits", "Measure", "collect", "first_line", "sweep"]
 
 Record = dict[str, Any]
 Measure = Callable[[Model, Callable[[str], None]], Record]
@@ -63,6 +62,20 @@ def sweep(models: Sequence[Model], measure: Measure, limits: Limits) -> Iterator
                 continue
             running.remove(child)
             yield _finish(child, late)
+
+
+def collect(models: Sequence[Model], measure: Measure, limits: Limits | None = None) -> list[Record]:
+    """The records of :func:`sweep` in the order of ``models``; says how far it is."""
+    records = {}
+    for record in sweep(models, measure, limits or Limits()):
+        records[record["set"], record["model"]] = record
+        print(f"[{len(records)}/{len(models)}] {record['model']}", record["seconds"], first_line(record), flush=True)
+    return [records[model.set, model.name] for model in models]
+
+
+def first_line(record: Record) -> str:
+    """What went wrong and where, if something did."""
+    return f"{record['stage']}: {record['error'].splitlines()[0]}" if "error" in record else ""
 
 
 def _start(model: Model, measure: Measure, limits: Limits) -> _Child:
@@ -124,8 +137,3 @@ def _child(model: Model, measure: Measure, limits: Limits, pipe: Connection) -> 
     pipe.close()
     sys.stdout.flush()
     os._exit(0)
-
-
-def single_thread() -> None:
-    """One thread for each process, before any starts one: a fork of a process with threads may hang."""
-    torch.set_num_threads(1)

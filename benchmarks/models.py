@@ -1,4 +1,4 @@
-"""The models that the benchmarks run on, with inputs that they accept and weights that make their outputs depend on these.
+"""The models that the benchmarks run on, with inputs, and with weights that make their outputs depend on these.
 
 Sets: ``tv-classification``, ``tv-segmentation``, ``tv-video`` (together every such model of torchvision), ``tv-flow``,
 ``tv-detection``, ``timm`` (one model for each module of its architectures), ``hf`` (tiny configurations). Nothing is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -206,6 +207,7 @@ xcit_nano_12_p8_224
 
 def _timm() -> Iterable[Model]:
     torchvision_models()  # timm imports it
+    importlib.import_module("timm")  # once, before the processes of the models part
 
     def build(name: str) -> nn.Module:
         import timm
@@ -222,6 +224,7 @@ def _timm() -> Iterable[Model]:
 # ------------------------------------------------------------------------------------------------------ Hugging Face
 def _huggingface() -> Iterable[Model]:
     torchvision_models()  # transformers imports it
+    importlib.import_module("transformers.modeling_utils")
     for name, (model_class, config_class, options, part, draw) in hf_models.TINY.items():
 
         def build(m: str = model_class, c: str = config_class, o: Any = options, part: str = part) -> nn.Module:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fxcompress.editing import is_inplace
-
 __all__ = [
-    "Memory",
     "argument",
     "called",
     "describe",
     "is_call",
     "is_torch_call",
-    "keeps_shape",
     "name_of_call",
     "override_of",
     "tensor_input",
@@ -25,25 +21,6 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 
-# Files of torch.nn.modules whose modules (but for those named) give a tensor of their input's shape.
-_SHAPE_KEEPING_FILES = frozenset("activation batchnorm dropout instancenorm normalization".split())
-_NOT_SHAPE_KEEPING = (nn.GLU, nn.MultiheadAttention)
-_SHAPE_KEEPING_CALLS = frozenset(
-    "relu relu_ relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh sigmoid tanh softplus "
-    "softmax log_softmax dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout batch_norm "
-    "layer_norm group_norm instance_norm contiguous clone detach neg exp log sqrt rsqrt abs".split()
-)
-# Files of torch.nn.modules whose modules return new tensors (unless in place), and calls that do.
-_FRESH_FILES = frozenset(
-    "activation batchnorm conv instancenorm normalization padding pooling sparse upsampling".split()
-)
-_FRESH_CALLS = frozenset(
-    "add sub mul div truediv matmul bmm addmm cat stack where clone linear conv1d conv2d conv3d relu relu6 gelu silu "
-    "mish elu selu leaky_relu hardswish hardsigmoid sigmoid tanh softmax log_softmax softplus exp log sqrt rsqrt neg "
-    "abs pow mean sum amax amin argmax argmin batch_norm layer_norm group_norm instance_norm embedding pad interpolate "
-    "scaled_dot_product_attention max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d size dim numel".split()
-)
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -109,109 +86,6 @@ def override_of(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "has a `forward` of its own set on the instance"
     return None
-
-
-def _nn_file(gm: fx.GraphModule, node: fx.Node) -> str:
-    """``"conv"`` for a call of a module of ``torch.nn.modules.conv``; ``""`` if ``node`` calls no such module."""
-    if node.op != "call_module":
-        return ""
-    package, _, file = type(gm.get_submodule(str(node.target))).__module__.rpartition(".")
-    return file if package == "torch.nn.modules" else ""
-
-
-def keeps_shape(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether ``node`` gives one tensor of the shape of its first input, whatever that is; ``False`` when in doubt."""
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        return type(module) is nn.Identity or (
-            _nn_file(gm, node) in _SHAPE_KEEPING_FILES and not isinstance(module, _NOT_SHAPE_KEEPING)
-        )
-    if is_call(node, ("add", "sub", "mul", "div", "truediv")):  # with a number
-        return len(node.args) == 2 and isinstance(node.args[1], int | float)
-    return is_call(node, _SHAPE_KEEPING_CALLS)
-
-
-class Memory:
-    """Which values of a graph may lie in the same memory, and which are written in place, erring on the safe side.
-
-    Values are classed together (union-find, near-linear time) unless an operation is known to return a new tensor. This
-    is a question about activations; for parameters ask ``fxcompress.analysis.aliasing``.
-
-    Args:
-        gm: the graph; it must not change while this object is in use.
-        is_tensor: whether a node gives one tensor, which tells the sum of two tensors from that of two lists.
-    """
-
-    def __init__(self, gm: fx.GraphModule, is_tensor: Callable[[fx.Node], bool]) -> None:
-        self._gm = gm
-        self._is_tensor = is_tensor
-        self._parent: dict[fx.Node, fx.Node] = {}
-        self._position: dict[fx.Node, int] = {}
-        for position, node in enumerate(gm.graph.nodes):
-            self._parent[node] = node
-            self._position[node] = position
-            for source in self._shared_by(node):
-                self._parent[self._root(source)] = self._root(node)
-        self._last_writer: dict[fx.Node, fx.Node] = {}
-        self._outside: dict[fx.Node, set[str]] = {}
-        for node in gm.graph.nodes:
-            for written in self._written_by(node):
-                self._last_writer[self._root(written)] = node
-            if node.op in ("placeholder", "get_attr", "output"):
-                for value in node.all_input_nodes or [node]:
-                    self._outside.setdefault(self._root(value), set()).add(node.op)
-
-    def obstacle_to_sharing(self, copy: fx.Node, source: fx.Node) -> str | None:
-        """Why ``copy``, a node that copies ``source``, could not as well be ``source`` itself; ``None`` if it could."""
-        for value in (copy, source):
-            writer = self._last_writer.get(self._root(value))
-            if writer is not None and self._position[writer] > self._position[copy]:
-                return f"{describe(self._gm, writer)} may write to it or to its original later"
-        handed_out = "output" in self._outside.get(self._root(copy), ())
-        if handed_out and self._outside.get(self._root(source)):
-            return "both it and its original are seen outside the graph"
-        return None
-
-    def _root(self, node: fx.Node) -> fx.Node:
-        root = node
-        while self._parent[root] is not root:
-            root = self._parent[root]
-        while self._parent[node] is not root:  # path compression
-            self._parent[node], node = root, self._parent[node]
-        return root
-
-    def _shared_by(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs of ``node`` that its result may share memory with."""
-        if node.op == "output" or self._is_fresh(node):
-            return []
-        if is_torch_call(node) and is_inplace(node):
-            return list(self._written_by(node))
-        return list(node.all_input_nodes)
-
-    def _is_fresh(self, node: fx.Node) -> bool:
-        if is_inplace(node):
-            return False
-        if node.op == "call_module":
-            module = self._gm.get_submodule(str(node.target))
-            return _nn_file(self._gm, node) in _FRESH_FILES or type(module) is nn.Linear
-        if node.op == "call_function" and node.target is getattr:
-            return node.args[1] in ("shape", "dtype", "device", "ndim")
-        sure = node.op == "call_method" or getattr(node.target, "__module__", "") not in ("_operator", "operator")
-        return is_call(node, _FRESH_CALLS) and (sure or self._is_tensor(node))
-
-    def _written_by(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The values that ``node`` may write to: what it is in place on, or anything if nothing is known of it."""
-        if node.op in ("placeholder", "get_attr", "output"):
-            return
-        known = is_torch_call(node) or (node.op == "call_function" and node.target is getattr)
-        schema = getattr(node.target, "_schema", None)  # of torch.ops, whose names tell less
-        if not known or (schema is not None and schema.is_mutable):
-            yield from node.all_input_nodes
-        elif is_inplace(node):
-            out = node.kwargs.get("out")
-            first = tensor_input(node)
-            targets = [first] if first is not None else node.all_input_nodes
-            yield from [out] if isinstance(out, fx.Node) else targets
 
 
 def describe(gm: fx.GraphModule, node: Any) -> str:

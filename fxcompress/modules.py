@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["AutogradCall", "Refill", "ScaledDotProductAttention"]
+__all__ = ["AutogradCall", "MethodCall", "Refill", "ScaledDotProductAttention"]
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -50,6 +50,27 @@ class AutogradCall(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.function.__qualname__)
+
+
+class MethodCall(nn.Module):
+    """A method of a module, other than forward, kept as one call.
+
+    Args:
+        owner: the module.
+        method: the name of its method.
+    """
+
+    def __init__(self, owner: nn.Module, method: str) -> None:
+        super().__init__()
+        self.owner = owner
+        self.method = method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``owner.method(*args, **kwargs)`` returns."""
+        return getattr(self.owner, self.method)(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return self.method
 
 
 class _Hole:

@@ -4,7 +4,7 @@ Three kinds, by what the result shares with the input (guarantee EXACT for each)
 
 * the input itself or a view of all of it (``nn.Identity``, dropout, ``view`` to the same shape): always removable;
 * a copy (``x + 0``, ``clone``, pooling with a kernel of 1): removable only if nothing changes the copy or the
-  original in place afterwards, and the graph does not hand out both;
+  original in place afterwards, the graph does not hand out both, and no ``view`` counts on the copy's strides;
 * the input *on the example*, which another batch size or dtype would undo: refused. A reshape is removed when it is
   none whatever the sizes: each size it names is provably that of the input, except at most one, which then follows
   from the number of elements (tensors without elements aside). A cast is removed when the input has that dtype by
@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
 from fxcompress import editing, matching
+from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
+from fxcompress.analysis.sizes import Sizes, reshape_arguments
 from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site
 
 __all__ = ["RemoveIdentity"]
@@ -56,7 +59,22 @@ class _Same:
 
     what: str
     kind: str = "itself"
-    """``"itself"``, ``"view"`` or ``"copy"``."""
+    """``"itself"``, ``"view"``, ``"copy"`` (with the strides of a dense input) or ``"compact copy"`` (contiguous)."""
+
+
+class _Look:
+    """The graph, and what is worked out about it at most once."""
+
+    def __init__(self, context: PassContext) -> None:
+        self.context = context
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return Sizes(self.context.gm, self.context.shapes)
+
+    @cached_property
+    def memory(self) -> Memory:
+        return Memory(self.context.gm, lambda node: _spec(self, node) is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +86,22 @@ class RemoveIdentity(Pass):
 
     name: ClassVar[str] = "remove-identity"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    repeat: ClassVar[bool] = True
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """In graph order; see the module docstring for what is refused."""
-        memory: matching.Memory | None = None
+        look = _Look(context)
         restrided = any(matching.is_call(node, _RESTRIDING) for node in context.gm.graph.nodes)
         for node in context.gm.graph.nodes:
-            found = _examine(context, node)
+            found = _examine(look, node)
             source = matching.tensor_input(node)
             if found is None or source is None:
                 continue
             if isinstance(found, _Same) and found.kind == "view" and restrided:
                 found = f"{found.what}, but some node of this graph changes the strides of a tensor in place"
-            elif isinstance(found, _Same) and found.kind == "copy":
-                memory = memory or matching.Memory(context.gm, lambda node: _spec(context, node) is not None)
-                if reason := memory.obstacle_to_sharing(node, source):
-                    found = f"{found.what}, which makes a copy, and {reason}"
+            elif isinstance(found, _Same) and found.kind in ("copy", "compact copy"):
+                reason = look.memory.obstacle_to_sharing(node, source, keeps_strides=found.kind == "copy")
+                found = f"{found.what}, which makes a copy, and {reason}" if reason else found
             if isinstance(found, str):
                 yield Refusal(node, found)
             else:
@@ -96,19 +114,19 @@ class RemoveIdentity(Pass):
         editing.replace(site.node, source)
 
 
-def _examine(context: PassContext, node: fx.Node) -> _Same | str | None:
+def _examine(look: _Look, node: fx.Node) -> _Same | str | None:
     """What makes ``node`` an identity, why it is only nearly one, or ``None``: it is nothing of the kind."""
-    module = context.module(node)
+    module = look.context.module(node)
     if module is not None:
-        found = _examine_module(context, node, module)
+        found = _examine_module(look, node, module)
         overridden = matching.override_of(module) if found is not None else None
         return f"{type(module).__name__} that {overridden}" if overridden else found
     name = matching.name_of_call(node)
     examine = _CALLS.get(name)
-    return examine(context, node, name) if examine else None
+    return examine(look, node, name) if examine else None
 
 
-def _examine_module(context: PassContext, node: fx.Node, module: Any) -> _Same | str | None:
+def _examine_module(look: _Look, node: fx.Node, module: Any) -> _Same | str | None:
     kind: type[nn.Module] = type(module)
     what = kind.__name__
     if kind is nn.Identity or (kind is nn.Sequential and not module._modules):
@@ -116,14 +134,14 @@ def _examine_module(context: PassContext, node: fx.Node, module: Any) -> _Same |
     if isinstance(module, _DROPOUTS) and kind in _DROPOUTS:
         return _dropout(what, module.p, module.training)
     if kind is nn.Flatten:
-        return _flatten(context, node, module.start_dim, module.end_dim)
+        return _flatten(look, node, module.start_dim, module.end_dim)
     if kind in _POOLS:
-        return _Same(f"{what} with a kernel of 1", "copy") if _is_trivial_pool(module) else None
+        return _Same(f"{what} with a kernel of 1", "compact copy") if _is_trivial_pool(module) else None
     if kind in _UPSAMPLES:
         trivial = module.size is None and _all(module.scale_factor, 1)
-        return _Same(f"{what} by a factor of 1", "copy") if trivial else None
+        return _Same(f"{what} by a factor of 1", "compact copy") if trivial else None
     if kind.__module__ == "torch.nn.modules.padding" and _all(module.padding, 0):
-        return _Same(f"{what} by nothing", "copy")
+        return _Same(f"{what} by nothing", "compact copy")
     return None
 
 
@@ -144,7 +162,7 @@ def _dropout(what: str, p: Any, training: Any) -> _Same | str | None:
     return f"{what} in training mode; call model.eval() first" if training is True else None
 
 
-def _dropout_call(context: PassContext, node: fx.Node, name: str) -> _Same | str | None:
+def _dropout_call(look: _Look, node: fx.Node, name: str) -> _Same | str | None:
     default = _DROPOUT_CALLS[name]
     training = node.kwargs.get("train", matching.argument(node, 2, "training", default))
     return _dropout(name, matching.argument(node, 1, "p", 0.5), training)
@@ -153,132 +171,57 @@ def _dropout_call(context: PassContext, node: fx.Node, name: str) -> _Same | str
 # --- shapes ---
 
 
-def _spec(context: PassContext, node: Any) -> TensorSpec | None:
+def _spec(look: _Look, node: Any) -> TensorSpec | None:
     """What is known of ``node`` if it gives a tensor and there is an example to tell."""
-    if context.example is None or not isinstance(node, fx.Node):
+    if look.context.example is None or not isinstance(node, fx.Node):
         return None
-    value = context.shapes[node]
+    value = look.context.shapes[node]
     return value if isinstance(value, TensorSpec) else None
 
 
-def _same_shape(context: PassContext, node: fx.Node) -> tuple[int, ...] | None:
+def _same_shape(look: _Look, node: fx.Node) -> tuple[int, ...] | None:
     """The shape of ``node`` if its input has the same one on the example."""
-    spec, source = _spec(context, node), _spec(context, matching.tensor_input(node))
+    spec, source = _spec(look, node), _spec(look, matching.tensor_input(node))
     return spec.shape if spec and source and spec.shape == source.shape else None
 
 
-def _flatten_call(context: PassContext, node: fx.Node, name: str) -> _Same | None:
-    return _flatten(
-        context, node, matching.argument(node, 1, "start_dim", 0), matching.argument(node, 2, "end_dim", -1)
-    )
+def _flatten_call(look: _Look, node: fx.Node, name: str) -> _Same | None:
+    start, end = matching.argument(node, 1, "start_dim", 0), matching.argument(node, 2, "end_dim", -1)
+    return _flatten(look, node, start, end)
 
 
-def _flatten(context: PassContext, node: fx.Node, start: Any, end: Any) -> _Same | None:
+def _flatten(look: _Look, node: fx.Node, start: Any, end: Any) -> _Same | None:
     # One rank less for every dimension that is flattened into another, so an equal rank is proof for all sizes.
-    shape = _same_shape(context, node)
+    shape = _same_shape(look, node)
     if not shape or not isinstance(start, int) or not isinstance(end, int):
         return None
     return _Same("flatten of one dimension", "view") if start % len(shape) == end % len(shape) else None
 
 
-def _reshape(context: PassContext, node: fx.Node, name: str) -> _Same | str | None:
-    shape = _same_shape(context, node)
-    sizes = _sizes(node, "size" if name == "expand" else "shape")
+def _reshape(look: _Look, node: fx.Node, name: str) -> _Same | str | None:
+    shape = _same_shape(look, node)
+    entries = reshape_arguments(node, "size" if name == "expand" else "shape")
     source = matching.tensor_input(node)
-    if shape is None or sizes is None or source is None:
+    if shape is None or entries is None or source is None:
         return None
-    if len(sizes) == 1 and isinstance(sizes[0], fx.Node) and (owner := _whole_shape_of(sizes[0])) is not None:
-        dims = range(len(shape))
-        if all(_origin(context, owner, dim) == _origin(context, source, dim) for dim in dims):
-            return _Same(f"{name} to its own shape", "view")
-    known = sum(_is_size_of(context, entry, source, dim, shape) for dim, entry in enumerate(sizes))
-    if name == "expand":  # where -1 keeps the size, and any other number might stand for a repetition of size 1
-        known += sum(entry == -1 for entry in sizes if isinstance(entry, int))
-    if len(sizes) == len(shape) and len(shape) - known <= (0 if name == "expand" else 1):
-        return _Same(f"{name} to the same shape", "view")
+    sizes = look.sizes
+    if len(entries) == 1 and sizes.asked_whole(entries[0]) == sizes[source]:
+        return _Same(f"{name} to its own shape", "view")
+    if len(entries) == len(shape):
+        open_ = sum(
+            sizes.asked(entry) != size and not (name == "expand" and entry == -1)
+            for entry, size in zip(entries, sizes[source], strict=True)
+        )
+        # The number of elements settles one of them; not in an expand, which may change that number.
+        if open_ <= (0 if name == "expand" else 1):
+            return _Same(f"{name} to the same shape", "view")
     return f"{name} that keeps the shape {list(shape)} of the example, but cannot be shown to keep every other"
 
 
-def _sizes(node: fx.Node, keyword: str) -> list[Any] | None:
-    """The sizes a reshaping call asks for, given one by one or as a sequence."""
-    given: Any = node.args[1:] or node.kwargs.get(keyword, node.kwargs.get("size", ()))
-    if isinstance(given, tuple | list) and len(given) == 1 and isinstance(given[0], tuple | list):
-        given = given[0]
-    sizes = list(given) if isinstance(given, tuple | list) else [given]
-    fits = sizes and all(isinstance(s, fx.Node) or type(s) is int for s in sizes)  # and not view(dtype)
-    return sizes if fits else None
-
-
-def _whole_shape_of(node: fx.Node) -> fx.Node | None:
-    """The tensor whose ``.shape`` or ``.size()`` this is."""
-    if node.op == "call_function" and node.target is getattr and node.args[1] == "shape":
-        return matching.tensor_input(node)
-    return matching.tensor_input(node) if matching.is_call(node, ("size",)) and len(node.args) == 1 else None
-
-
-def _is_size_of(context: PassContext, entry: Any, source: fx.Node, dim: int, shape: tuple[int, ...]) -> bool:
-    """Whether the size ``entry`` equals that of dimension ``dim`` of ``source`` for every input of the model."""
-    if dim >= len(shape):
-        return False
-    origin = _origin(context, source, dim)
-    if not isinstance(entry, fx.Node):
-        return entry == shape[dim] and _is_fixed(context, *origin)
-    if matching.is_call(entry, ("getitem",)):
-        tensor = _whole_shape_of(entry.args[0]) if isinstance(entry.args[0], fx.Node) else None
-    else:
-        tensor = matching.tensor_input(entry) if matching.is_call(entry, ("size",)) else None
-    asked, spec = matching.argument(entry, 1, "dim"), _spec(context, tensor)
-    if tensor is None or spec is None or not isinstance(asked, int):
-        return False
-    return _origin(context, tensor, asked % len(spec.shape)) == origin
-
-
-def _origin(context: PassContext, node: fx.Node, dim: int) -> tuple[fx.Node, int]:
-    """The earliest node and dimension that dimension ``dim`` of ``node`` is known to have its size from."""
-    source = matching.tensor_input(node)
-    while source is not None and _carries(context, node, source, dim):
-        node, source = source, matching.tensor_input(source)
-    return node, dim
-
-
-def _carries(context: PassContext, node: fx.Node, source: fx.Node, dim: int) -> bool:
-    """Whether dimension ``dim`` of ``node`` is as long as that of its input ``source``."""
-    after, before = _spec(context, node), _spec(context, source)
-    if after is None or before is None:
-        return False
-    if matching.keeps_shape(context.gm, node):
-        return True
-    module = context.module(node)
-    if type(module) is nn.Linear:
-        return dim < len(after.shape) - 1
-    if module is not None and type(module).__module__ in ("torch.nn.modules.conv", "torch.nn.modules.pooling"):
-        # dimension 0 is the batch if there is one, and the channels if not
-        return dim == 0 and type(module).__name__[-2:] == f"{len(before.shape) - 2}d" and type(module) not in _UNPOOLS
-    start = module.start_dim if type(module) is nn.Flatten else matching.argument(node, 1, "start_dim", 0)
-    flattens = type(module) is nn.Flatten or matching.is_call(node, ("flatten",))
-    return flattens and isinstance(start, int) and dim < start
-
-
-_UNPOOLS = (nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d)
-
-
-def _is_fixed(context: PassContext, node: fx.Node, dim: int) -> bool:
-    """Whether a parameter, and not the input, sets the length of this dimension."""
-    spec, module = _spec(context, node), context.module(node)
-    if spec is None:
-        return False
-    if type(module) in (nn.Linear, nn.Embedding):
-        return dim == len(spec.shape) - 1
-    if type(module).__module__ == "torch.nn.modules.conv" and module is not None:
-        weight = module.get_parameter("weight") if "weight" in module._parameters else None
-        return weight is not None and dim == len(spec.shape) - (weight.dim() - 1)
-    return node.op == "get_attr"
-
-
-def _permute(context: PassContext, node: fx.Node, name: str) -> _Same | None:
+def _permute(look: _Look, node: fx.Node, name: str) -> _Same | None:
     if name == "permute":
-        dims = _sizes(node, "dims")
-        spec = _spec(context, node)
+        dims = reshape_arguments(node, "dims")
+        spec = _spec(look, node)
         if not dims or not all(isinstance(d, int) for d in dims):
             return None
         kept = [d % len(dims) for d in dims] == list(range(len(dims))) and (
@@ -290,16 +233,16 @@ def _permute(context: PassContext, node: fx.Node, name: str) -> _Same | None:
     return _Same(f"{name} that moves nothing", "view") if isinstance(a, int) and a == b else None
 
 
-def _slice(context: PassContext, node: fx.Node, name: str) -> _Same | None:
+def _slice(look: _Look, node: fx.Node, name: str) -> _Same | None:
     index = matching.argument(node, 1, "index")
     parts = index if isinstance(index, tuple) else (index,)
-    if _spec(context, node.args[0]) is None or not parts:
+    if _spec(look, node.args[0]) is None or not parts:
         return None
     whole = all(part is Ellipsis or part == slice(None, None, None) for part in parts)
     return _Same("index that takes everything", "view") if whole else None
 
 
-def _contiguous(context: PassContext, node: fx.Node, name: str) -> _Same | None:
+def _contiguous(look: _Look, node: fx.Node, name: str) -> _Same | None:
     # Only after another one: elsewhere the strides depend on the input's and on the memory format of the parameters.
     source = matching.tensor_input(node)
     if source is None or not matching.is_call(source, ("contiguous",)):
@@ -311,14 +254,14 @@ def _contiguous(context: PassContext, node: fx.Node, name: str) -> _Same | None:
 # --- dtypes ---
 
 
-def _cast(context: PassContext, node: fx.Node, name: str) -> _Same | str | None:
+def _cast(look: _Look, node: fx.Node, name: str) -> _Same | str | None:
     source = matching.tensor_input(node)
     asked = _asked_dtype(node)
     if source is None or asked is None:
         return None
     if asked is source or (isinstance(asked, torch.dtype) and _pinned_dtype(source) == asked):
         return _Same(f"{name} to the dtype it has")
-    spec = _spec(context, source)
+    spec = _spec(look, source)
     if spec is None or spec.dtype != asked:
         return None
     return f"{name} to {asked}, which the input has on the example but not by construction (think of gm.half())"
@@ -362,28 +305,28 @@ def _mentions_dtype(node: fx.Node) -> bool:
 # --- arithmetic and the rest ---
 
 
-def _neutral(context: PassContext, node: fx.Node, name: str) -> _Same | None:
+def _neutral(look: _Look, node: fx.Node, name: str) -> _Same | None:
     """``x + 0``, ``x - 0``, ``x * 1``, ``x / 1``."""
     if len(node.args) != 2 or node.kwargs:
         return None
     x, c = node.args
     if not isinstance(x, fx.Node) or type(c) not in (int, float) or c != (0 if name in ("add", "sub") else 1):
         return None
-    spec, source = _spec(context, node), _spec(context, x)
+    spec, source = _spec(look, node), _spec(look, x)
     # The same dtype on the example is proof: a number never lowers a dtype, and raises it by kind, not by width.
     return _Same(f"{name} of {c}", "copy") if spec and source and spec.dtype == source.dtype else None
 
 
-def _pad(context: PassContext, node: fx.Node, name: str) -> _Same | None:
+def _pad(look: _Look, node: fx.Node, name: str) -> _Same | None:
     padding = matching.argument(node, 1, "pad")
-    return _Same("pad by nothing", "copy") if isinstance(padding, tuple | list) and _all(padding, 0) else None
+    return _Same("pad by nothing", "compact copy") if isinstance(padding, tuple | list) and _all(padding, 0) else None
 
 
-def _clone(context: PassContext, node: fx.Node, name: str) -> _Same | None:
+def _clone(look: _Look, node: fx.Node, name: str) -> _Same | None:
     return _Same("clone", "copy") if len(node.args) == 1 and not node.kwargs else None
 
 
-_Examiner = Callable[[PassContext, fx.Node, str], _Same | str | None]
+_Examiner = Callable[[_Look, fx.Node, str], _Same | str | None]
 _CALLS: dict[str, _Examiner] = {
     **dict.fromkeys(_DROPOUT_CALLS, _dropout_call),
     **dict.fromkeys((*_CASTS, "to", "type", "type_as"), _cast),

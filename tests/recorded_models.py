@@ -390,3 +390,43 @@ class ReadsBuffer(nn.Module):
 class StarArguments(nn.Module):
     def forward(self, x: torch.Tensor, *others: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         return x + sum(others) + named["bias"]
+
+
+class SizeFromData(nn.Module):
+    """Python sees how many elements are positive, without looking at one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = x[x > 0]
+        return kept.sum() / kept.shape[0]
+
+
+class LoopFromData(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = x.sum(1)
+        for index in (x[:, 0] > 0).nonzero():
+            total = total + index
+        return total
+
+
+class SizeStaysWithTorch(nn.Module):
+    """The same number, known to torch only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = x[x > 0]
+        return x * kept.mean() + torch.ones_like(kept).sum()
+
+
+class LooksInMethod(nn.Module):
+    """As a detector: the model itself looks at data, in a method that is not forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.threshold = 0.1
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.select(self.linear(x))
+
+    def select(self, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept = y[y > self.threshold]
+        return {"kept": kept if kept.shape[0] > 2 else y.flatten()}

@@ -88,48 +88,13 @@ def test_descriptions() -> None:
     assert matching.describe(gm, 3) == "the constant 3"
 
 
-KEEPING = [nn.ReLU(), nn.Dropout(), nn.BatchNorm2d(2), nn.GroupNorm(1, 2), nn.Softmax(1), nn.Identity(), nn.PReLU()]
-
-
-@pytest.mark.parametrize("module", [*KEEPING, nn.GLU(1), nn.Conv2d(2, 2, 1), nn.AvgPool2d(1)], ids=repr)
-def test_keeps_shape(module: nn.Module) -> None:
-    gm, (_, node) = graph_of(("call_module", "m", ()), m=module)
-    assert matching.keeps_shape(gm, node) == (module in KEEPING)
-    if module in KEEPING:
-        assert gm(torch.randn(2, 2, 3, 3)).shape == (2, 2, 3, 3)
-
-
-def memory(*calls: tuple[str, Any, tuple[Any, ...]], **modules: nn.Module) -> str | None:
-    """Whether the clone in the middle of ``calls`` is needed."""
-    gm, nodes = graph_of(*calls, **modules)
-    copy = next(node for node in nodes if node.target == "clone")
-    return matching.Memory(gm, lambda node: True).obstacle_to_sharing(copy, copy.all_input_nodes[0])
-
-
-CLONE, RELU = ("call_method", "clone", ()), ("call_function", torch.relu, ())
-
-
-@pytest.mark.parametrize(
-    "writer",
-    [
-        ("call_method", "add_", (1,)),
-        ("call_function", operator.iadd, (1,)),
-        ("call_function", torch.ops.aten.add_.Scalar, (1,)),
-        ("call_function", operator.setitem, (0, 1)),
-        ("call_function", add, (1,)),
-        ("call_module", "m", ()),
-    ],
-    ids=repr,
-)
-def test_writers(writer: Any) -> None:
-    modules = {"m": nn.ReLU(inplace=True)} if writer[0] == "call_module" else {}
-    view = ("call_method", "view", (-1,))
-    assert "may write" in (memory(RELU, CLONE, view, writer, **modules) or "")
-    assert memory(RELU, CLONE, RELU, writer, **modules) is None, "what relu returns is its own"
-    assert memory(writer, RELU, CLONE, RELU, **modules) is None, "that was before the copy"
-
-
-def test_sums_of_lists_share_with_their_terms() -> None:
-    gm, nodes = graph_of(RELU, CLONE, ("call_function", operator.add, ([],)), ("call_method", "zero_", ()))
-    assert matching.Memory(gm, lambda node: True).obstacle_to_sharing(nodes[2], nodes[1]) is None
-    assert matching.Memory(gm, lambda node: False).obstacle_to_sharing(nodes[2], nodes[1]) is not None
+def test_overrides_are_found() -> None:
+    assert matching.override_of(nn.Linear(2, 2)) is None
+    hooked = nn.Linear(2, 2)
+    hooked.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    assert "hooks" in (matching.override_of(hooked) or "")
+    parametrized = nn.utils.parametrizations.orthogonal(nn.Linear(2, 2))
+    assert "parametrizations" in (matching.override_of(parametrized) or "")
+    replaced = nn.Linear(2, 2)
+    replaced.forward = torch.relu  # type: ignore[assignment]
+    assert "`forward`" in (matching.override_of(replaced) or "")

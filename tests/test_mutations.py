@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import fxcompress
-from fxcompress import matching
+from fxcompress.analysis.memory import Memory
+from fxcompress.analysis.sizes import Sizes
 from fxcompress.pass_base import Pass, Site
-from fxcompress.passes import fold_batch_norm, remove_identity
+from fxcompress.passes import fold_batch_norm
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm
 from fxcompress.passes.remove_identity import RemoveIdentity
 from tests.passes.driver import randomise
@@ -193,11 +195,11 @@ def ignores_the_dimension(patch: Patch) -> None:
 
 
 def ignores_writers(patch: Patch) -> None:
-    patch.setattr(matching.Memory, "obstacle_to_sharing", lambda self, copy, source: None)
+    patch.setattr(Memory, "obstacle_to_sharing", lambda self, copy, source, keeps_strides: None)
 
 
 def ignores_other_sizes(patch: Patch) -> None:
-    patch.setattr(remove_identity, "_is_size_of", lambda *args: True)
+    patch.setattr(Sizes, "asked", lambda self, value: ANY)
 
 
 BUGS: list[tuple[Plant, Callable[[], nn.Module], Pass]] = [

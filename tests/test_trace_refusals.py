@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -33,6 +35,19 @@ def test_reading_a_parameter_is_refused_too() -> None:
         trace(ReadsParameter(), (rows(2),))
 
 
+@pytest.mark.parametrize("kind", [models.SizeFromData, models.LoopFromData])
+def test_sizes_that_follow_from_values_are_data(kind: type[nn.Module]) -> None:
+    with pytest.raises(TraceError, match="values"):
+        trace(kind(), (rows(4),))
+    gm = trace(nn.Sequential(nn.Linear(4, 4), kind()), (rows(4),), opaque="auto")
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["0", "1"]
+
+
+def test_sizes_that_python_does_not_see_are_recorded() -> None:
+    gm = trace(models.SizeStaysWithTorch(), (rows(4),))
+    assert_same(gm, models.SizeStaysWithTorch(), rows(7))
+
+
 def test_opaque_keeps_the_innermost_module() -> None:
     model = models.AroundLooksAtData()
     gm = trace(model, (rows(2),), opaque="auto")
@@ -41,6 +56,16 @@ def test_opaque_keeps_the_innermost_module() -> None:
     assert_same(gm, model, torch.ones(3, 4))
     assert_same(gm, model, -torch.ones(3, 4))
     assert_same(trace(model, (rows(2),), opaque=["inner"]), model, -torch.ones(3, 4))
+
+
+def test_opaque_keeps_a_method_of_the_model_itself() -> None:
+    model = models.LooksInMethod().eval()
+    gm = trace(model, (rows(2),), opaque="auto")
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["linear", "methods.select"]
+    assert set(gm.state_dict()) == set(model.state_dict())
+    for x in (rows(5), -100 * torch.ones(3, 4), 100 * torch.ones(3, 4)):
+        assert_same(gm, model, x)
+        assert_same(pickle.loads(pickle.dumps(copy.deepcopy(gm))), model, x)
 
 
 def test_the_model_itself_cannot_be_opaque() -> None:

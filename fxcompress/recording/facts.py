@@ -36,6 +36,8 @@ class Fact:
     module: str
     shape: tuple[int, ...] | None = None
     storage: int | None = None
+    data_dims: frozenset[int] = frozenset()
+    """Dimensions whose size follows from the values of a tensor, as that of ``nonzero()``."""
 
     @property
     def where(self) -> str:
@@ -66,7 +68,9 @@ class Ledger:
         """Keep ``value`` alive for the run, so that neither its identity nor its memory goes to another object."""
         self._kept.append(value)
 
-    def note(self, node: fx.Node, value: Any, depends: Depends, module: str) -> None:
+    def note(
+        self, node: fx.Node, value: Any, depends: Depends, module: str, data_dims: frozenset[int] = frozenset()
+    ) -> None:
         """Write down what ``node`` is; a tensor among values is from now on known as it."""
         file, line = internals.code_location()
         shape = storage = None
@@ -75,7 +79,7 @@ class Ledger:
             self._nodes[value] = node
             if not depends & (Depends.INPUT | Depends.PARAMETER):
                 self.keep(value)
-        self.facts[node] = Fact(depends, file, line, module, shape, storage)
+        self.facts[node] = Fact(depends, file, line, module, shape, storage, data_dims)
 
     def forget(self, node: fx.Node) -> None:
         """Drop what is known of a node that leaves the graph."""
@@ -87,6 +91,21 @@ class Ledger:
             storage = storage_of(tensor)
             if storage is not None:
                 self.mutations.setdefault(storage, []).append(node)
+
+    def data_dims(self, tensor: torch.Tensor) -> frozenset[int]:
+        """The dimensions of ``tensor`` whose sizes follow from values."""
+        node = self.node_of(tensor)
+        return frozenset() if node is None else self.facts[node].data_dims
+
+    def data_dims_of_result(self, given: list[torch.Tensor], made: bool, result: torch.Tensor) -> frozenset[int]:
+        """Those of the ``result`` of an operation on ``given``, which are passed on or (``made``) made by it. Which
+        dimension became which is told by size; in doubt a size counts as following from values."""
+        follows = {t.shape[d] for t in given for d in self.data_dims(t)}
+        if not (made or follows):
+            return frozenset()
+        free = {s for t in given for d, s in enumerate(t.shape) if d not in self.data_dims(t)}
+        dims = {d for d, s in enumerate(result.shape) if s in follows or (s != 1 and s not in free)}
+        return frozenset(dims | ({0} if made and result.dim() else set()))
 
     def depends(self, value: Any) -> Depends:
         """What the tensors in ``value`` depend on."""

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = "Kind classify display_name draws_random_numbers reads_sizes target_of".split()
+__all__ = [
+    "Kind",
+    "classify",
+    "display_name",
+    "draws_random_numbers",
+    "makes_data_sizes",
+    "reads_sizes",
+    "sizes_read",
+    "splits",
+    "target_of",
+]
 
 
 class Kind(enum.Enum):
@@ -52,6 +62,13 @@ _RANDOM = frozenset(
         "empty_like new_empty empty_strided new_empty_strided dropout alpha_dropout feature_dropout "
         "feature_alpha_dropout dropout_ rrelu rrelu_ dropout1d dropout2d dropout3d gumbel_softmax "
         "fractional_max_pool2d fractional_max_pool3d"
+    ).split()
+)
+
+_DATA_SIZED = frozenset(
+    (
+        "nonzero argwhere unique unique_consecutive unique_dim _unique2 masked_select bincount nms batched_nms "
+        "_pad_packed_sequence _pack_padded_sequence"
     ).split()
 )
 
@@ -133,6 +150,36 @@ def classify(func: Any) -> Kind:
     if name in _QUESTIONS or (name.startswith("is_") and name not in ("is_nonzero",)):
         return Kind.QUESTION
     return Kind.OPERATION
+
+
+def sizes_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int] | None:
+    """The dimensions of its tensor whose sizes ``func`` tells Python; ``None`` for all of them."""
+    name = _plain_name(func)
+    if name not in _SIZE_QUESTIONS or name in ("stride", "nbytes"):
+        return set()
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    if name == "__len__":
+        return {0}
+    return {dim % max(1, args[0].dim())} if name == "size" and isinstance(dim, int) else None
+
+
+def makes_data_sizes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the size of what ``func`` returns follows from the values of its arguments."""
+    name = _plain_name(func)
+    if name == "where":
+        return len(args) + len(kwargs) == 1
+    if name == "repeat_interleave":
+        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0])
+        return isinstance(repeats, torch.Tensor) and kwargs.get("output_size") is None
+    if name in ("__getitem__", "index"):
+        index = args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
+        return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+    return name in _DATA_SIZED
+
+
+def splits(func: Any) -> bool:
+    """Whether ``func`` returns as many tensors as a size says."""
+    return _plain_name(func) in ("unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
 
 
 def reads_sizes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

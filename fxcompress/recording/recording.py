@@ -19,6 +19,7 @@ from fxcompress.recording.comparing import SEED
 from fxcompress.recording.constants import fold_constants, follow_device
 from fxcompress.recording.dimensions import size_choices
 from fxcompress.recording.inputs import Dimension, Inputs
+from fxcompress.recording.methods import Method
 from fxcompress.recording.retracing import Retracer
 from fxcompress.recording.session import DataRead, Session
 from fxcompress.recording.training import training_uses
@@ -44,6 +45,7 @@ class Recording:
         self.work, self.inputs = work, inputs
         self.faking = seconds >= _WORTH_FAKING
         self.opaque, self.auto = opaque, auto
+        self.methods: frozenset[Method] = frozenset()
         self.free: dict[Dimension, str] = {}
         self.sizes_were_read = False
 
@@ -105,10 +107,10 @@ class Recording:
             self.inputs.changed({d: sizes[label][i] for d, label in dims.items()}, seed=1 + i) for i in (0, 1)
         )
         while True:
-            opaque = self.opaque
+            kept = (self.opaque, self.methods)
             first = self._record(smaller)
             second = self._glance(larger)
-            if self.opaque == opaque:
+            if (self.opaque, self.methods) == kept:
                 break
         source: dict[str, tuple[fx.Node, int]] = {}
         for (name, path, dim), label in dims.items():
@@ -135,12 +137,12 @@ class Recording:
         """A recording of which only calls and sizes matter: where a run takes long, of one without values."""
         if not self.faking:
             return self._record(inputs)
-        opaque = self.opaque
+        opaque, methods = self.opaque, self.methods
         try:
             with internals.fake_mode() as mode:
                 return self._record(inputs.converted(mode.from_tensor))
         except Exception:  # something needs values, or has no kernel that works without: then with them
-            self.opaque, self.faking = opaque, False
+            self.opaque, self.methods, self.faking = opaque, methods, False
             return self._record(inputs)
 
     def _record(self, inputs: Inputs) -> Session:
@@ -151,7 +153,7 @@ class Recording:
         """
         shared: dict[int, Any] = {id(t): t for t in [*self.work.parameters(), *self.work.buffers()]}
         while True:
-            session = Session(copy.deepcopy(self.work, dict(shared)), self.opaque)
+            session = Session(copy.deepcopy(self.work, dict(shared)), self.opaque, self.methods)
             run = inputs.changed({})
             try:
                 with undisturbed(self.work, run.values()):
@@ -159,9 +161,18 @@ class Recording:
                     session.run(run)
                 return session
             except DataRead as error:
-                if not self.auto or error.module == "" or error.module in self.opaque:
+                if not self.auto or not self._keep_whole(error):
                     raise
-                self.opaque = self.opaque | {error.module}
+
+    def _keep_whole(self, error: DataRead) -> bool:
+        """Keep what looked at data as one call from now on; ``False`` if there is nothing to keep but the model."""
+        if error.module and error.module not in self.opaque:
+            self.opaque = self.opaque | {error.module}
+            return True
+        if error.method is not None and error.method not in self.methods:
+            self.methods = self.methods | {error.method}
+            return True
+        return False
 
 
 def _restore_flags(gm: fx.GraphModule, work: nn.Module) -> None:

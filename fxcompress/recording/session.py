@@ -19,6 +19,7 @@ from fxcompress.recording import functions, internals
 from fxcompress.recording.facts import Depends, Ledger, version
 from fxcompress.recording.functions import Kind
 from fxcompress.recording.inputs import Inputs
+from fxcompress.recording.methods import Method, calling_method, intercepted, method_call
 from fxcompress.recording.structure import Path, children, follow, is_namedtuple, leaves, to_argument
 
 __all__ = ["DataRead", "Hint", "Session"]
@@ -36,11 +37,13 @@ class Hint:
 
 
 class DataRead(TraceError):
-    """Python looked at the data of a tensor. ``module`` is the path of the innermost module that did."""
+    """Python looked at the data of a tensor. ``module`` is the path of the innermost module that did, and ``method``
+    the method that did where that is the model itself."""
 
-    def __init__(self, message: str, module: str) -> None:
+    def __init__(self, message: str, module: str, method: Method | None) -> None:
         super().__init__(message)
         self.module = module
+        self.method = method
 
 
 # Calls for which canonical.py wants a Hint.
@@ -59,12 +62,16 @@ class Session(TorchFunctionMode):
     Args:
         model: the module to run; its parameters and buffers are known by their first name.
         opaque: paths of modules to keep as one call whatever they are.
+        methods: methods to keep as one call.
     """
 
-    def __init__(self, model: nn.Module, opaque: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, model: nn.Module, opaque: frozenset[str] = frozenset(), methods: frozenset[Method] = frozenset()
+    ) -> None:
         super().__init__()
         self.model = model
         self.opaque = opaque
+        self.methods = {m: f"methods.{'_'.join(m).replace('.', '_').lstrip('_')}" for m in sorted(methods)}
         self.graph = fx.Graph()
         self.ledger = Ledger(model)
         self.hints: dict[fx.Node, Hint] = {}
@@ -89,16 +96,21 @@ class Session(TorchFunctionMode):
         args, kwargs = inputs.call()
         with (
             internals.compiling(),
+            torch.compiler.set_stance("force_eager"),
             internals.without_causal_detection(),
             internals.module_calls(self._on_module),
             internals.script_function_calls(self._on_script_function),
             internals.autograd_function_calls(self._on_autograd_function),
+            intercepted(self.model, self.methods, self._on_method),
             torch.enable_grad(),
             self,
         ):
             out = self.model(*args, **kwargs)
             with self.pause():
                 self.graph.output(self._argument(out))
+        for method, path in self.methods.items():
+            if path in self.attributes:
+                self.attributes[path] = method_call(self.model, method)
         if self._offence is not None:  # the model's own code swallowed the exception and went on
             raise self._offence
         return out
@@ -146,8 +158,7 @@ class Session(TorchFunctionMode):
             return func(*args, **kwargs)
         kind = functions.classify(func)
         if kind is Kind.QUESTION:
-            if functions.reads_sizes(func, args, kwargs) and self.ledger.depends(args[:1]) & Depends.INPUT:
-                self.sizes_were_read = True
+            self._question(func, args, kwargs)
             return func(*args, **kwargs)
         if kind is Kind.DATA_READ:
             self._data_read(functions.display_name(func), args, kwargs)
@@ -155,8 +166,21 @@ class Session(TorchFunctionMode):
                 return func(*args, **kwargs)
         if kind is Kind.ASSIGNMENT:
             return self._assignment(func, args, kwargs)
+        if functions.splits(func) and isinstance(args[0], torch.Tensor) and self.ledger.data_dims(args[0]):
+            self._data_read(f"{functions.display_name(func)} (as often as values say)", args, kwargs)
         op, target, node_args = functions.target_of(func, args)
         return self._record(op, target, node_args, kwargs, lambda: func(*args, **kwargs), func)
+
+    def _question(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args or not isinstance(args[0], torch.Tensor):
+            return
+        if functions.reads_sizes(func, args, kwargs) and self.ledger.depends(args[0]) & Depends.INPUT:
+            self.sizes_were_read = True
+        follows = self.ledger.data_dims(args[0])
+        if follows:
+            read = functions.sizes_read(func, args, kwargs)
+            if read is None or read & follows:
+                self._data_read(f"{functions.display_name(func)} (a size that follows from values)", args, kwargs)
 
     def _assignment(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = functions.display_name(func)
@@ -180,7 +204,9 @@ class Session(TorchFunctionMode):
             out = call()
             changed = [t for t, v in zip(given, versions, strict=True) if v is not None and version(t) != v]
             self._hint(node, func, given, kwargs)
-            return self._bind(node, out, given, changed, depends, grad)
+            made = func is not None and functions.makes_data_sizes(func, args, kwargs)
+            made = made or (op == "call_module" and (target in self.opaque or target in self.methods.values()))
+            return self._bind(node, out, given, changed, depends, grad, made)
 
     def _bind(
         self,
@@ -190,6 +216,7 @@ class Session(TorchFunctionMode):
         changed: list[torch.Tensor],
         depends: Depends,
         grad: bool,
+        made: bool,
     ) -> Any:
         self._note(node, None, depends)  # what it returns is noted part by part below
         self.ledger.changed_by(node, changed)
@@ -204,7 +231,9 @@ class Session(TorchFunctionMode):
                 differentiable = depends & (Depends.INPUT | Depends.PARAMETER) and leaf.is_floating_point()
                 if not grad and differentiable and not changed:  # made under no_grad: no gradient may pass here
                     part = self.graph.call_method("detach", (part,))
-                self._note(part, leaf, depends)
+                same = any(leaf is t for t in changed)
+                dims = self.ledger.data_dims(leaf) if same else self.ledger.data_dims_of_result(given, made, leaf)
+                self._note(part, leaf, depends, dims)
         if node.op == "call_module" and not isinstance(out, torch.Tensor):
             self._objects[id(out)] = (out, node, [id(t) for t in inside])
         return out
@@ -235,6 +264,7 @@ class Session(TorchFunctionMode):
                 "Python does with the value would be fixed in the graph. Rewrite the place with tensor operations "
                 '(torch.where, masks), or pass opaque="auto" to keep the innermost module that does this as one call',
                 path,
+                calling_method(self._paths) if path == "" else None,
             )
             raise self._offence
         if depends & Depends.BUFFER:
@@ -254,6 +284,12 @@ class Session(TorchFunctionMode):
             return original(module, *args, **kwargs)
         finally:
             self._stack.pop()
+
+    def _on_method(self, path: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._ignoring():
+            return original(*args, **kwargs)
+        self.attributes[path] = None  # made when the run is over, and the model's methods are its own again
+        return self._record("call_module", path, args, kwargs, lambda: original(*args, **kwargs))
 
     def _on_script_function(
         self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -347,8 +383,8 @@ class Session(TorchFunctionMode):
         return self.graph.call_module(name, tensors)
 
     # ------------------------------------------------------------------------------------------------- facts
-    def _note(self, node: fx.Node, value: Any, depends: Depends) -> None:
-        self.ledger.note(node, value, depends, self._stack[-1][0])
+    def _note(self, node: fx.Node, value: Any, depends: Depends, data_dims: frozenset[int] = frozenset()) -> None:
+        self.ledger.note(node, value, depends, self._stack[-1][0], data_dims)
 
     def _node_depends(self, node: fx.Node, func: Any) -> Depends:
         depends = self.ledger.inputs_depend(node)
