@@ -87,7 +87,7 @@ def trace(
         _check(gm, reference, inputs)
         fixed = set(free) - set(recording.free)
         if recording.sizes_were_read:
-            fixed |= fixed_dimensions(work, gm, inputs, recording.free)
+            fixed |= fixed_dimensions(work, gm, inputs, recording.free, trial=not recording.slow)
         insert_guards(gm, inputs, fixed)
     return gm
 

@@ -76,10 +76,11 @@ def size_choices(inputs: Inputs, dims: Mapping[Dimension, str]) -> Iterator[dict
 
 
 def fixed_dimensions(
-    model: nn.Module, gm: fx.GraphModule, inputs: Inputs, free: Mapping[Dimension, str]
+    model: nn.Module, gm: fx.GraphModule, inputs: Inputs, free: Mapping[Dimension, str], *, trial: bool
 ) -> set[Dimension]:
     """The dimensions at whose other sizes ``gm`` is not known to be right: each group of equal sizes is tried at
-    another one, and must there give what the model gives."""
+    another one, and must there give what the model gives. Without ``trial`` (it takes two runs a group): all that are
+    not free."""
     groups: dict[int, list[Dimension]] = {}
     for (name, path), tensor in inputs.tensors().items():
         for dim, size in enumerate(tensor.shape):
@@ -88,7 +89,7 @@ def fixed_dimensions(
     fixed: set[Dimension] = set()
     for size, dims in groups.items():
         other = 2 * size if size < 64 else size + 32
-        if not _agree(model, gm, inputs.changed(dict.fromkeys(dims, other), seed=3)):
+        if not trial or not _agree(model, gm, inputs.changed(dict.fromkeys(dims, other), seed=3)):
             fixed.update(dims)
     return fixed
 

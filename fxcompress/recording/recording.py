@@ -43,7 +43,7 @@ class Recording:
 
     def __init__(self, work: nn.Module, inputs: Inputs, seconds: float, opaque: frozenset[str], auto: bool) -> None:
         self.work, self.inputs = work, inputs
-        self.faking = seconds >= _WORTH_FAKING
+        self.slow = self.faking = seconds >= _WORTH_FAKING
         self.opaque, self.auto = opaque, auto
         self.methods: frozenset[Method] = frozenset()
         self.free: dict[Dimension, str] = {}
