@@ -301,4 +301,9 @@ def test_recording_without_values_gives_the_same_graph(name: str, monkeypatch: p
     model, x = kind().eval(), make(2)
     expected = trace(model, (x,))
     monkeypatch.setattr(recording, "_WORTH_FAKING", 0.0)
-    assert trace(model, (x,)).code == expected.code
+    assert _without_guards(trace(model, (x,))) == _without_guards(expected)
+
+
+def _without_guards(gm: torch.fx.GraphModule) -> list[str]:
+    """A slow model is guarded against other sizes without trying them, so guards may differ."""
+    return [line for line in gm.code.splitlines() if "check_input" not in line]
