@@ -52,6 +52,9 @@ def is_inplace(node: fx.Node) -> bool:
     if node.op == "call_function":
         if node.target in _INPLACE_OPERATORS:
             return True
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None:  # an overload of torch.ops says so itself
+            return bool(schema.is_mutable)
         name = getattr(node.target, "__name__", "")
         if name.endswith("_") and not name.endswith("__"):
             return True

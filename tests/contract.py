@@ -235,8 +235,9 @@ def check_arithmetic(result: fx.GraphModule, network: Network) -> None:
     report = fxcompress.report(result).to_dict()
     records, total = report["passes"], report["total"]
     traced = fxcompress.trace(network.module, network.args, example_kwargs=network.kwargs)
-    assert (total["parameters_before"], total["bytes_before"]) == (_parameters(traced), _bytes(traced))
-    assert (total["parameters_after"], total["bytes_after"]) == (_parameters(result), _bytes(result))
+    for when, module in (("before", traced), ("after", result)):
+        assert total[f"parameters_{when}"] == _parameters(module), f"miscounted parameters {when}"
+        assert total[f"bytes_{when}"] == _bytes(module), f"miscounted bytes {when}"
     for what in ("parameters", "macs", "bytes"):
         before, after = [r[f"{what}_before"] for r in records], [r[f"{what}_after"] for r in records]
         assert before[1:] == after[:-1], f"{what}: a record does not start where the one before it ended"

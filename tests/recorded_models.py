@@ -430,3 +430,14 @@ class LooksInMethod(nn.Module):
     def select(self, y: torch.Tensor) -> dict[str, torch.Tensor]:
         kept = y[y > self.threshold]
         return {"kept": kept if kept.shape[0] > 2 else y.flatten()}
+
+
+class AspectRatio(nn.Module):
+    """A number that stays the same as long as both sizes change together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) * (x.shape[2] / x.shape[3])

@@ -88,18 +88,29 @@ def fixed_dimensions(
                 groups.setdefault(size, []).append((name, path, dim))
     fixed: set[Dimension] = set()
     for size, dims in groups.items():
-        other = 2 * size if size < 64 else size + 32
-        if not trial or not _agree(model, gm, inputs.changed(dict.fromkeys(dims, other), seed=3)):
+        if not trial or not _hold(model, gm, inputs, dims, 2 * size if size < 64 else size + 32):
             fixed.update(dims)
     return fixed
 
 
-def _agree(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool:
-    """Whether model and graph both run on ``inputs`` and give the same."""
+def _hold(model: nn.Module, gm: fx.GraphModule, inputs: Inputs, dims: list[Dimension], size: int) -> bool:
+    """Whether ``gm`` is right where all ``dims`` have another ``size``, and where one alone has, if the model runs
+    there: a ratio of two sizes shows only if one of them changes."""
+    together = _agree(model, gm, inputs.changed(dict.fromkeys(dims, size), seed=3))
+    if not together or len(dims) == 1:
+        return bool(together)
+    return all(_agree(model, gm, inputs.changed({dim: size}, seed=3)) is not False for dim in dims)
+
+
+def _agree(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool | None:
+    """Whether the graph gives what the model gives; ``None`` if the model does not run on ``inputs``."""
+    try:
+        expected = run(model, *inputs.changed({}).call())
+    except Exception:  # sizes that nobody asked for: that they do not fit is an answer
+        return None
     try:
         got = run(gm, inputs.changed({}).values(), {})
-        expected = run(model, *inputs.changed({}).call())
-    except Exception:  # whatever goes wrong at a size that nobody asked for: the answer is no, and a guard says so
+    except Exception:  # whatever it is that was fixed while recording
         return False
     return difference(expected, got) is None
 

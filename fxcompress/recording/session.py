@@ -49,7 +49,7 @@ class DataRead(TraceError):
 # Calls for which canonical.py wants a Hint.
 _HINTED = frozenset(
     (
-        "batch_norm instance_norm dropout dropout1d dropout2d dropout3d alpha_dropout "
+        "batch_norm dropout dropout1d dropout2d dropout3d alpha_dropout "
         "feature_alpha_dropout scaled_dot_product_attention multi_head_attention_forward"
     ).split()
 )

@@ -97,7 +97,7 @@ class Stack(Block):
     def __init__(self, signal: Signal, blocks: list[Block]) -> None:
         super().__init__(blocks[-1].out if blocks else signal)
         self.blocks = nn.ModuleList(blocks)
-        self.label = " > ".join(block.label for block in blocks)
+        self.label = f"[{' > '.join(block.label for block in blocks)}]"
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -210,6 +210,5 @@ def assemble(
     """A network from its parts; its parameters are still to be filled."""
     with torch.random.fork_rng(devices=[]):
         module = shell(signal, first, second, outputs)
-    label = " > ".join(part for part in (first.label, "|", second.label) if part)
-    description = f"{shell.__name__} {signal}: {label} -> {outputs}"
+    description = f"{shell.__name__} {signal}: {first.label} > {second.label} -> {outputs}"
     return Network(module, Sample(shell, signal), description, batch, dtype)
