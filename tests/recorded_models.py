@@ -441,3 +441,28 @@ class AspectRatio(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x) * (x.shape[2] / x.shape[3])
+
+
+class PadsToEven(nn.Module):
+    """Padding by the parity of the size, as TensorFlow's "same": no multiple of the size shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))).mean((2, 3))
+
+
+class DropsByHand(nn.Module):
+    """Stochastic depth written into the layer itself: what training adds is in no flag that a graph could keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.training:
+            y = y * torch.rand(y.shape[0], 1)
+        return x + y

@@ -165,6 +165,9 @@ def test_a_baked_size_is_guarded_only_where_it_matters() -> None:
     ratio = trace(models.AspectRatio(), (image(1),))
     with pytest.raises(ValueError, match="recorded for x"):
         ratio(torch.randn(1, 3, 8, 10))
+    pads = trace(models.PadsToEven(), (image(1),))
+    with pytest.raises(ValueError, match="recorded for x"):
+        pads(image(1, 9))
     model = models.FlattensByHand()
     assert_same(trace(model, (image(1),)), model, image(2, 13))
 

@@ -86,6 +86,13 @@ def test_reading_a_buffer_warns() -> None:
     assert_same(gm, models.ReadsBuffer(), rows(3))
 
 
+def test_what_only_training_does_is_told() -> None:
+    model = models.DropsByHand().eval()
+    with pytest.warns(TraceWarning, match=r"in training mode.*recorded_models\.py:\d+"):
+        gm = trace(model, (rows(2),))
+    assert_same(gm, model, rows(3))
+
+
 def test_a_loop_over_the_batch_is_refused_or_fixed() -> None:
     with pytest.raises(TraceError, match=r"other things at other input sizes.*dynamic_batch=False"):
         trace(models.LoopsOverBatch(), (rows(2),))

@@ -88,18 +88,26 @@ def fixed_dimensions(
                 groups.setdefault(size, []).append((name, path, dim))
     fixed: set[Dimension] = set()
     for size, dims in groups.items():
-        if not trial or not _hold(model, gm, inputs, dims, 2 * size if size < 64 else size + 32):
+        if not trial or not _hold(model, gm, inputs, dims, size):
             fixed.update(dims)
     return fixed
 
 
 def _hold(model: nn.Module, gm: fx.GraphModule, inputs: Inputs, dims: list[Dimension], size: int) -> bool:
-    """Whether ``gm`` is right where all ``dims`` have another ``size``, and where one alone has, if the model runs
-    there: a ratio of two sizes shows only if one of them changes."""
-    together = _agree(model, gm, inputs.changed(dict.fromkeys(dims, size), seed=3))
-    if not together or len(dims) == 1:
-        return bool(together)
-    return all(_agree(model, gm, inputs.changed({dim: size}, seed=3)) is not False for dim in dims)
+    """Whether ``gm`` is right at other sizes than ``size`` of ``dims``, at as many of a few as the model runs at.
+
+    A multiple keeps what is divisible so, and the next size does not (padding by parity shows only there). They change
+    together and one by one: a ratio of two sizes shows only if one of them changes.
+    """
+    ran = False
+    for other in (size + 1, 2 * size if size < 64 else size + 32, size + 7):
+        choices = [dims] if len(dims) == 1 else [dims, *([dim] for dim in dims)]
+        for chosen in choices:
+            agree = _agree(model, gm, inputs.changed(dict.fromkeys(chosen, other), seed=3))
+            if agree is False:
+                return False
+            ran = ran or bool(agree)
+    return ran
 
 
 def _agree(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool | None:

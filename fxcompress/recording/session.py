@@ -22,7 +22,7 @@ from fxcompress.recording.inputs import Inputs
 from fxcompress.recording.methods import Method, calling_method, intercepted, method_call
 from fxcompress.recording.structure import Path, children, follow, is_namedtuple, leaves, to_argument
 
-__all__ = ["DataRead", "Hint", "Session"]
+__all__ = ["DataRead", "Hint", "Session", "is_leaf"]
 
 
 @dataclasses.dataclass(frozen=True)

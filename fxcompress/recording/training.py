@@ -7,17 +7,18 @@ other mode tells: calls are matched by the module that makes them and their orde
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from fxcompress.canonical.layers import TrainingUse
 from fxcompress.canonical.rules import arguments
 from fxcompress.errors import TraceWarning
-from fxcompress.recording.session import Session
+from fxcompress.recording.session import Session, is_leaf
 
 __all__ = ["training_uses"]
 
@@ -35,16 +36,64 @@ def training_uses(session: Session, record_again: Callable[[], Session]) -> dict
         record_again: records another run of the same model in the other mode.
     """
     other: dict[tuple[str, Any], list[fx.Node]] = {}
-    if any(node.target in _DROPS for node in session.hints):
-        other = _in_other_mode(session, record_again)
+    if any(node.target in _DROPS for node in session.hints) or _asks_for_mode(session.model):
+        twin = _in_other_mode(session, record_again)
+        if twin is not None:
+            other = _by_module(twin)
+            _tell_difference(session, twin)
     own = _by_module(session)
     uses: dict[fx.Node, TrainingUse] = {}
     for key, nodes in own.items():
         twins = other.get(key, [])
         pairs = zip(nodes, twins, strict=True) if len(twins) == len(nodes) else ((n, None) for n in nodes)
-        for node, twin in pairs:
-            uses[node] = _use(session, node, twin)
+        for node, same in pairs:
+            uses[node] = _use(session, node, same)
     return uses
+
+
+def _asks_for_mode(model: nn.Module) -> bool:
+    """Whether code of a module that is recorded inside names its training flag."""
+    for module in model.modules():
+        if is_leaf(module):
+            continue
+        for kind in type(module).__mro__:
+            if kind is nn.Module:
+                break
+            for function in vars(kind).values():
+                if "training" in getattr(getattr(function, "__code__", None), "co_names", ()):
+                    return True
+    return False
+
+
+def _tell_difference(session: Session, twin: Session) -> None:
+    """Warn if the other mode makes calls that no flag in the graph can stand for."""
+    ours, theirs = _calls(session), _calls(twin)
+    for a, b in itertools.zip_longest(ours, theirs):
+        if a is None or b is None or (a.op, a.target) != (b.op, b.target):
+            break
+    else:
+        return
+    mode = "eval" if session.model.training else "training"
+    fact = twin.ledger.facts[b] if b is not None else session.ledger.facts[a]
+    warnings.warn(
+        f"in {mode} mode the model does other things, first at {fact.where}; the graph does in both modes what was "
+        "recorded, except for dropout and normalisation. Trace the model in the mode in which the graph will run",
+        TraceWarning,
+        stacklevel=6,
+    )
+
+
+def _calls(session: Session) -> list[fx.Node]:
+    """The calls that a run made, less what follows the mode by itself: dropout, and counting batches."""
+    return [
+        node
+        for node in session.graph.nodes
+        if node.op.startswith("call_")
+        and node in session.ledger.facts
+        and node.target not in _DROPS
+        and node.target != "detach"
+        and not any(str(s.target).endswith("num_batches_tracked") for s in node.all_input_nodes)
+    ]
 
 
 def _by_module(session: Session) -> dict[tuple[str, Any], list[fx.Node]]:
@@ -54,9 +103,9 @@ def _by_module(session: Session) -> dict[tuple[str, Any], list[fx.Node]]:
     return result
 
 
-def _in_other_mode(session: Session, record_again: Callable[[], Session]) -> dict[tuple[str, Any], list[fx.Node]]:
+def _in_other_mode(session: Session, record_again: Callable[[], Session]) -> Session | None:
     try:
-        return _by_module(record_again())
+        return record_again()
     except Exception as error:  # the mode nobody asked for may not work at all; the graph then keeps its own mode's way
         warnings.warn(
             f"the model does not run in {'eval' if session.model.training else 'training'} mode "
@@ -64,7 +113,7 @@ def _in_other_mode(session: Session, record_again: Callable[[], Session]) -> dic
             TraceWarning,
             stacklevel=6,
         )
-        return {}
+        return None
 
 
 def _use(session: Session, node: fx.Node, twin: fx.Node | None) -> TrainingUse:
