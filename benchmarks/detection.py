@@ -63,9 +63,7 @@ def visibility(graph: fx.GraphModule, module: nn.Module) -> dict[str, Any]:
 def table(records: list[dict[str, Any]]) -> str:
     """A row for each model, then what went wrong."""
     headers = ["model", "traced", "equal, example", "equal, fresh images", "parameters", "visible", "opaque modules"]
-    lines = [publish.markdown([_row(r) for r in records], headers)]
-    wrong = [f"- {r['model']}: {isolated.first_line(r)}" for r in records if "error" in r]
-    return "\n".join([*lines, "", *wrong])
+    return publish.markdown([_row(r) for r in records], headers) + isolated.failures(records)
 
 
 def _row(record: dict[str, Any]) -> list[str]:

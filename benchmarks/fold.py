@@ -96,8 +96,7 @@ def table(records: list[dict[str, Any]]) -> str:
         for target, reason in r["refusals"]:
             reasons.setdefault(reason, []).append(f"{r['model']} {target}")
     lines += [f"- left {len(places)} times, first in {places[0]}: {reason}" for reason, places in reasons.items()]
-    failed = [r for r in records if "error" in r]
-    return "\n".join([*lines, *[f"- failed: {r['model']}: {isolated.first_line(r)}" for r in failed]])
+    return "\n".join(lines) + isolated.failures(records)
 
 
 def _row(r: dict[str, Any]) -> list[str]:
@@ -110,12 +109,12 @@ def _row(r: dict[str, Any]) -> list[str]:
 def latency_table(records: list[dict[str, Any]]) -> str:
     """A row for each model: milliseconds, noise, and the peer."""
     headers = ["model", "before ms", "folded ms", "torch fuse ms", "folded error", "fuse error", "fuse leaves"]
-    return publish.markdown([_latency_row(r) for r in records], headers)
+    return publish.markdown([_latency_row(r) for r in records], headers) + isolated.failures(records)
 
 
 def _latency_row(r: dict[str, Any]) -> list[str]:
     if "error" in r:
-        return [r["model"], isolated.first_line(r), *[""] * 5]
+        return [r["model"], "failed", *[""] * 5]
     times = [f"{1e3 * t['median']:.1f} +- {1e3 * t['iqr']:.1f}" for t in r["latency"].values()]
     return [r["model"], *times, f"{r['apart']['folded']:.1e}", f"{r['apart']['fuse']:.1e}", str(r["fuse_left"])]
 

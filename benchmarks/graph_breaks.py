@@ -63,12 +63,13 @@ def _backend() -> str:
 def table(records: list[dict[str, Any]]) -> str:
     """A row for each model."""
     headers = ["model", "backend", "graphs", "graph breaks", "error against eager", "error against the model"]
-    return publish.markdown([_row(r) for r in records], [*headers, "first call s"])
+    headers += ["first call s"]
+    return publish.markdown([_row(r) for r in records], headers) + isolated.failures(records)
 
 
 def _row(r: dict[str, Any]) -> list[str]:
     if "error" in r:
-        return [r["model"], isolated.first_line(r), *[""] * 5]
+        return [r["model"], "failed", *[""] * 5]
     errors = [f"{r['from_eager']:.1e}", f"{r['from_model']:.1e}"]
     return [r["model"], r["backend"], str(r["graphs"]), str(r["breaks"]), *errors, f"{r['compile_seconds']:.1f}"]
 

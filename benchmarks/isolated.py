@@ -19,7 +19,7 @@ from typing import Any
 
 from models import Model
 
-__all__ = ["Limits", "Measure", "collect", "first_line", "sweep"]
+__all__ = ["Limits", "Measure", "collect", "failures", "first_line", "sweep"]
 
 Record = dict[str, Any]
 Measure = Callable[[Model, Callable[[str], None]], Record]
@@ -76,6 +76,12 @@ def collect(models: Sequence[Model], measure: Measure, limits: Limits | None = N
 def first_line(record: Record) -> str:
     """What went wrong and where, if something did."""
     return f"{record['stage']}: {record['error'].splitlines()[0]}" if "error" in record else ""
+
+
+def failures(records: Sequence[Record]) -> str:
+    """A list of what went wrong, to stand below a table; empty if nothing did."""
+    lines = [f"- {record['model']} failed at {first_line(record)}" for record in records if "error" in record]
+    return "\n".join(["", "", *lines]) if lines else ""
 
 
 def _start(model: Model, measure: Measure, limits: Limits) -> _Child:

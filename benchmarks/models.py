@@ -18,7 +18,7 @@ import hf_models
 import torch
 from torch import nn
 
-__all__ = ["SETS", "Model", "Run", "select", "torchvision_models"]
+__all__ = ["SETS", "Inputs", "Model", "Run", "select", "torchvision_models"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of forward."""

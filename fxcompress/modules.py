@@ -44,9 +44,9 @@ class AutogradCall(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, *args: Any) -> Any:
-        """What ``function.apply(*args)`` returns."""
-        return self.function.apply(*args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``function.apply(*args, **kwargs)`` returns."""
+        return self.function.apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return str(self.function.__qualname__)

@@ -23,10 +23,10 @@ from fxcompress.canonical import canonicalize
 from fxcompress.checks import check_model
 from fxcompress.errors import TraceError, TraceWarning, UsageError
 from fxcompress.recording import internals
-from fxcompress.recording.comparing import difference, run
-from fxcompress.recording.dimensions import fixed_dimensions, free_dimensions, insert_guards
+from fxcompress.recording.comparing import difference, run, without_state_of_runs
+from fxcompress.recording.dimensions import fixed_dimensions, free_dimensions, insert_guards, other_sizes
 from fxcompress.recording.inputs import Inputs, read_inputs
-from fxcompress.recording.recording import Recording
+from fxcompress.recording.recording import SLOW, Recording, finish
 from fxcompress.recording.structure import leaves
 
 __all__ = ["trace"]
@@ -78,17 +78,21 @@ def trace(
     given = read_inputs(work, args, example_kwargs or {})
     inputs = given.changed({})
     free = free_dimensions(inputs, dynamic_batch, dynamic_dims or {})
+    batch = free_dimensions(inputs, True, dynamic_dims or {})
     paths, auto = _opaque_paths(work, opaque)
     with _frozen(work):
-        start = time.perf_counter()
-        reference = _first_run(work, inputs)
-        recording = Recording(work, inputs, time.perf_counter() - start, paths, auto)
-        gm = recording.graph_module(free)
-        _check(gm, reference, inputs)
-        fixed = set(free) - set(recording.free)
-        if recording.sizes_were_read:
-            fixed |= fixed_dimensions(work, gm, inputs, recording.free, trial=not recording.slow)
-        insert_guards(gm, inputs, fixed)
+        reference, seconds = _first_run(work, inputs)
+        recording = Recording(work, inputs, seconds, paths, auto)
+        gm, uses = recording.graph_module(free)
+    finish(gm, recording.root, uses)  # parameters ask for gradients again, and so do those made here
+    _check(gm, reference, inputs, "on the example inputs")
+    if not recording.slow:
+        for where, others, expected in other_sizes(work, inputs, recording.free):
+            _check(gm, expected, others, where)
+    fixed = set(batch) - set(recording.free)
+    if recording.sizes_were_read:
+        fixed |= fixed_dimensions(work, gm, inputs, recording.free, trial=not recording.slow)
+    insert_guards(gm, inputs, fixed, recording.ranks_were_read, recording.dtypes_were_read)
     return gm
 
 
@@ -136,13 +140,18 @@ def _frozen(work: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _first_run(work: nn.Module, inputs: Inputs) -> Any:
+def _first_run(work: nn.Module, inputs: Inputs) -> tuple[Any, float]:
     args, kwargs = inputs.changed({}).call()
     try:
-        output = run(work, args, kwargs)
+        once = without_state_of_runs(work)
+        start = time.perf_counter()
+        output = run(once, args, kwargs)
+        seconds = time.perf_counter() - start
+        if seconds < SLOW:
+            _check_stateless(work, output, run(once, *inputs.changed({}).call()))
         if any(isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) for m in work.modules()):
             with internals.without_fused_encoder():
-                output, fused = run(work, *inputs.changed({}).call()), output
+                output, fused = run(without_state_of_runs(work), *inputs.changed({}).call()), output
             difference = compare(output, fused, equal_nan=True)
             if difference.error > _FUSED_ENCODER_TOLERANCE or difference.structural:
                 warnings.warn(
@@ -151,13 +160,25 @@ def _first_run(work: nn.Module, inputs: Inputs) -> Any:
                     TraceWarning,
                     stacklevel=3,
                 )
-        return output
+        return output, seconds
+    except TraceError:
+        raise
     except Exception as error:
         shapes = {".".join(map(str, (name, *path))): tuple(t.shape) for (name, path), t in inputs.tensors().items()}
         raise TraceError(
             f"{type(work).__name__} itself fails on the example inputs (shapes {shapes}): "
             f"{type(error).__name__}: {error}. The traceback above is the model's own"
         ) from error
+
+
+def _check_stateless(work: nn.Module, first: Any, second: Any) -> None:
+    found = difference(first, second)
+    if found is not None:
+        raise TraceError(
+            f"{type(work).__name__} gives another output when it is run a second time on the same inputs ({found}): it "
+            "keeps state in Python attributes between runs, and no graph can. Reset the state in forward, or keep it "
+            "in buffers"
+        )
 
 
 def _symbolic(model: nn.Module) -> fx.GraphModule:
@@ -185,18 +206,19 @@ def _opaque_paths(work: nn.Module, opaque: str | Collection[str]) -> tuple[froze
     return frozenset(opaque), False
 
 
-def _check(gm: fx.GraphModule, expected: Any, inputs: Inputs) -> None:
-    """Hold ``gm`` against what the model gave on the example, at sizes and on values that were not recorded."""
+def _check(gm: fx.GraphModule, expected: Any, inputs: Inputs, where: str) -> None:
+    """Hold ``gm`` against what the model gave on ``inputs``, at sizes and on values that were not recorded."""
     try:
         got = run(gm, inputs.changed({}).values(), {})
     except Exception as error:
         raise TraceError(
-            f"the recorded graph fails on the example inputs ({type(error).__name__}: {error}), on which the model "
+            f"the recorded graph fails {where} ({type(error).__name__}: {error}), where the model "
             "runs; something that follows the inputs was recorded as a constant. dynamic_batch=False may help"
         ) from error
     found = difference(expected, got)
     if found is not None:
         raise TraceError(
-            f"the recorded graph is not equal to the model on the example inputs: {found}. The model does "
-            "something that torch calls do not show (state kept between runs, numpy, its own random numbers)"
+            f"the recorded graph is not equal to the model {where}: {found}. Either a number follows the sizes "
+            "by a rule that is not known here (dynamic_batch=False fixes the size), or the model does something that "
+            "torch calls do not show: state kept between runs, numpy, autocast, its own random numbers"
         )

@@ -21,6 +21,7 @@ from fxcompress.pass_base import Guarantee, Need, Pass
 from tests.networks import Network, assert_same_structure, leaves, relative_error, run
 
 __all__ = [
+    "assert_untouched",
     "check_arithmetic",
     "check_contract",
     "check_copies",
@@ -33,6 +34,7 @@ __all__ = [
     "check_untouched",
     "compress",
     "instance",
+    "snapshot",
 ]
 
 FLOAT32_TOLERANCE = 1e-3
@@ -91,7 +93,7 @@ def check_outputs(network: Network, result: nn.Module, tolerance: float | None =
 # --- the caller's model ---
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
+def snapshot(module: nn.Module) -> dict[str, Any]:
     """All there is to see of a model: tensors by value and identity, flags, hooks, attributes, the tree."""
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     modules = dict(module.named_modules(remove_duplicate=False))
@@ -113,7 +115,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-def _assert_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
+def assert_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Two snapshots, or the parts of them in ``before``, are the same to the bit."""
     for part, expected in before.items():
         found = after[part]
         assert list(found) == list(expected), f"the caller's model has another set of {part}"
@@ -128,12 +131,12 @@ def check_untouched(pass_: Pass | str, network: Network) -> fx.GraphModule | Non
     Returns:
         The compressed network, or ``None`` where the pass refuses the whole model.
     """
-    before, inputs = _snapshot(network.module), copy.deepcopy((network.args, network.kwargs))
+    before, inputs = snapshot(network.module), copy.deepcopy((network.args, network.kwargs))
     try:
         result: fx.GraphModule | None = compress(pass_, network)
     except PreconditionError:
         result = None
-    _assert_untouched(before, _snapshot(network.module))
+    assert_untouched(before, snapshot(network.module))
     given = [leaf for _, leaf in leaves((network.args, network.kwargs))]
     for (path, expected), found in zip(leaves(inputs), given, strict=True):
         same = _same_bits(expected, found) if isinstance(expected, Tensor) else expected == found
@@ -158,11 +161,11 @@ def check_idempotence(pass_: Pass | str, network: Network, result: fx.GraphModul
     record = fxcompress.report(again).to_dict()["passes"][-1]
     assert record["sites"] == 0, f"{pass_.name} finds sites again: {record['details']}"
     assert again.code == result.code, f"{pass_.name} rewrote the graph again"
-    _assert_untouched({"state_dict": result.state_dict()}, {"state_dict": again.state_dict()})
+    assert_untouched({"state_dict": result.state_dict()}, {"state_dict": again.state_dict()})
 
 
 def check_state_dict(pass_: Pass | str, network: Network, result: fx.GraphModule | None = None) -> None:
-    """The result's ``state_dict`` holds all that its outputs depend on: it revives a copy with other numbers in it."""
+    """The result's ``state_dict`` loads strictly into a copy of it and brings back what was zeroed there."""
     result = compress(pass_, network) if result is None else result
     other = copy.deepcopy(result)
     with torch.no_grad():
@@ -258,9 +261,9 @@ def check_plan(pass_: Pass | str, network: Network, result: fx.GraphModule | Non
     """A dry run foretells what the pass does, and changes nothing."""
     pass_ = instance(pass_)
     result = compress(pass_, network) if result is None else result
-    before = _snapshot(network.module)
+    before = snapshot(network.module)
     (planned,) = fxcompress.plan(network.module, [pass_], **_given(pass_, network)).passes
-    _assert_untouched(before, _snapshot(network.module))
+    assert_untouched(before, snapshot(network.module))
     record = fxcompress.report(result).to_dict()["passes"][-1]
     assert planned.name == record["name"] == pass_.name
     assert record["guarantee"] == pass_.guarantee.value

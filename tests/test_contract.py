@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import pytest
@@ -158,3 +158,32 @@ def test_the_contract_sees_a_pass_that_is_never_done() -> None:
 def test_the_contract_sees_parameters_that_no_longer_train() -> None:
     with pytest.raises(AssertionError, match="no gradient any more"):
         contract.check_trains(CutsGradient(), NETS["shufflenet"]())
+
+
+def _replaces_parameter(model: nn.Module) -> None:
+    model.fc.weight = nn.Parameter(model.fc.weight.detach().clone())
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "one number": lambda model: model.fc.weight.data[0, 0].add_(1e-6),
+    "a statistic": lambda model: model.bn1.running_mean.add_(1e-6),
+    "a counter": lambda model: model.bn1.num_batches_tracked.add_(1),
+    "another tensor": _replaces_parameter,
+    "training": lambda model: model.layer1[0].bn1.train(),
+    "requires_grad": lambda model: model.conv1.weight.requires_grad_(False),
+    "a hook": lambda model: model.fc.register_forward_hook(print),
+    "a patched forward": lambda model: setattr(model.fc, "forward", model.fc.forward),
+    "a new child": lambda model: model.add_module("extra", nn.Identity()),
+    "another module": lambda model: setattr(model, "relu", nn.ReLU(inplace=True)),
+    "a gradient": lambda model: setattr(model.fc.bias, "grad", torch.zeros_like(model.fc.bias)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_contract_sees_a_change_of_the_callers_model(change: str) -> None:
+    model = NETS["resnet"]().module
+    before = contract.snapshot(model)
+    contract.assert_untouched(before, contract.snapshot(model))
+    CHANGES[change](model)
+    with pytest.raises(AssertionError, match="the caller's model has another"):
+        contract.assert_untouched(before, contract.snapshot(model))

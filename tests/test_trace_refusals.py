@@ -76,7 +76,7 @@ def test_the_model_itself_cannot_be_opaque() -> None:
 
 
 def test_state_between_runs_is_noticed() -> None:
-    with pytest.raises(TraceError, match=r"not equal to the model|with 2 at input sizes|does other things"):
+    with pytest.raises(TraceError, match="run a second time"):
         trace(models.Counts(), (rows(2),))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from fxcompress.analysis.outputs import compare
 from fxcompress.analysis.running import undisturbed
 from fxcompress.recording.structure import leaves
 
-__all__ = ["SEED", "difference", "run"]
+__all__ = ["SEED", "difference", "run", "without_state_of_runs"]
 
 SEED = 0x5EED
 
@@ -28,6 +29,11 @@ def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     with torch.no_grad(), undisturbed(module, (tuple(args), dict(kwargs))):
         torch.manual_seed(SEED)
         return call(*args, **kwargs)
+
+
+def without_state_of_runs(work: nn.Module) -> nn.Module:
+    """A copy of ``work`` that shares its parameters and buffers: what a run leaves in Python attributes stays in it."""
+    return copy.deepcopy(work, {id(t): t for t in [*work.parameters(), *work.buffers()]})
 
 
 def difference(expected: Any, got: Any) -> str | None:

@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 
 from fxcompress.errors import UsageError
-from fxcompress.recording.comparing import difference, run
+from fxcompress.recording.comparing import difference, run, without_state_of_runs
 from fxcompress.recording.inputs import Dimension, Inputs, guard
 from fxcompress.recording.structure import Path
 
-__all__ = ["fixed_dimensions", "free_dimensions", "insert_guards", "size_choices"]
+__all__ = ["fixed_dimensions", "free_dimensions", "insert_guards", "other_sizes", "size_choices"]
 
 
 def free_dimensions(
@@ -93,6 +93,25 @@ def fixed_dimensions(
     return fixed
 
 
+def other_sizes(
+    model: nn.Module, inputs: Inputs, free: Mapping[Dimension, str]
+) -> Iterator[tuple[str, Inputs, object]]:
+    """Where else the model runs, of the sizes that two recordings may mislead about: a batch of one, and two more sizes
+    of every named dimension. Each with the inputs and what the model gives."""
+    for label in sorted(set(free.values())):
+        dims = [d for d, of in free.items() if of == label]
+        size = _size_of(label, free, inputs.tensors())
+        for other in (1,) if label == "batch" else (size + 1, 4 * size + 1, max(1, size - 1)):
+            changed = inputs.changed(dict.fromkeys(dims, other), seed=4)
+            if other == size:
+                continue
+            try:
+                expected = run(without_state_of_runs(model), *changed.call())
+            except Exception:  # the model itself does not run there
+                continue
+            yield f"at {label} {other}", changed, expected
+
+
 def _hold(model: nn.Module, gm: fx.GraphModule, inputs: Inputs, dims: list[Dimension], size: int) -> bool:
     """Whether ``gm`` is right at other sizes than ``size`` of ``dims``, at as many of a few as the model runs at.
 
@@ -113,7 +132,7 @@ def _hold(model: nn.Module, gm: fx.GraphModule, inputs: Inputs, dims: list[Dimen
 def _agree(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool | None:
     """Whether the graph gives what the model gives; ``None`` if the model does not run on ``inputs``."""
     try:
-        expected = run(model, *inputs.changed({}).call())
+        expected = run(without_state_of_runs(model), *inputs.changed({}).call())
     except Exception:  # sizes that nobody asked for: that they do not fit is an answer
         return None
     try:
@@ -123,12 +142,14 @@ def _agree(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool | None:
     return difference(expected, got) is None
 
 
-def insert_guards(gm: fx.GraphModule, inputs: Inputs, fixed: set[Dimension]) -> None:
-    """Let ``gm`` refuse inputs whose ``fixed`` sizes, structure or plain values are not those of ``inputs``."""
+def insert_guards(gm: fx.GraphModule, inputs: Inputs, fixed: set[Dimension], ranks: bool, dtypes: bool) -> None:
+    """Let ``gm`` refuse inputs whose ``fixed`` sizes, structure or plain values are not those of ``inputs``; also other
+    ``ranks``, and integers for floating point, if Python has asked for those."""
 
-    def sizes(name: str, path: Path, tensor: torch.Tensor) -> tuple[int | None, ...] | None:
+    def sizes(name: str, path: Path, tensor: torch.Tensor) -> tuple[tuple[int | None, ...] | None, bool | None]:
         result = tuple(s if (name, path, d) in fixed else None for d, s in enumerate(tensor.shape))
-        return result if any(s is not None for s in result) else None
+        shown = result if ranks or any(s is not None for s in result) else None
+        return shown, tensor.is_floating_point() if dtypes else None
 
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     arguments = {a.name: a for a in inputs.arguments}

@@ -58,6 +58,7 @@ class Ledger:
         self.names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: Any = WeakTensorKeyDictionary()
         self._kept: list[Any] = []
+        self._kept_storages: set[int] = set()
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node | None:
         """The node whose value ``tensor`` is."""
@@ -79,6 +80,8 @@ class Ledger:
             self._nodes[value] = node
             if not depends & (Depends.INPUT | Depends.PARAMETER):
                 self.keep(value)
+                if storage is not None:
+                    self._kept_storages.add(storage)
         self.facts[node] = Fact(depends, file, line, module, shape, storage, data_dims)
 
     def forget(self, node: fx.Node) -> None:
@@ -86,10 +89,11 @@ class Ledger:
         self.facts.pop(node, None)
 
     def changed_by(self, node: fx.Node, tensors: list[torch.Tensor]) -> None:
-        """``node`` has written into the memory of ``tensors``."""
+        """``node`` has written into the memory of ``tensors``. It matters for values that may be folded, and those are
+        kept; other memory may be freed, and its identity pass to another tensor."""
         for tensor in tensors:
             storage = storage_of(tensor)
-            if storage is not None:
+            if storage is not None and storage in self._kept_storages:
                 self.mutations.setdefault(storage, []).append(node)
 
     def data_dims(self, tensor: torch.Tensor) -> frozenset[int]:

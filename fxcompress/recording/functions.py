@@ -16,7 +16,8 @@ __all__ = [
     "display_name",
     "draws_random_numbers",
     "makes_data_sizes",
-    "reads_sizes",
+    "reads_dtype",
+    "reads_rank",
     "sizes_read",
     "splits",
     "target_of",
@@ -49,8 +50,8 @@ _QUESTIONS = _SIZE_QUESTIONS | frozenset(
         "__dlpack_device__ register_hook retain_grad output_nr name _is_view is_tensor is_storage "
         "dim_order _base _backward_hooks _is_zerotensor _make_subclass is_same_size "
         "register_post_accumulate_grad_hook retains_grad volatile __dir__ backward requires_grad_ "
-        "is_shared _has_symbolic_sizes_strides type_as_string sym_sizes is_autocast_enabled "
-        "__module_load__"
+        "is_shared _has_symbolic_sizes_strides _has_compatible_shallow_copy_type type_as_string sym_sizes "
+        "is_autocast_enabled __module_load__"
     ).split()
 )
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "real", "imag", "data"))
@@ -136,9 +137,9 @@ def _plain_name(func: Any) -> str:
     return accessor[1] if accessor else str(_METHODS.get(func) or getattr(func, "__name__", ""))
 
 
-def classify(func: Any) -> Kind:
-    """What ``func`` is to a recording. Whatever is not known by name counts as an operation; one that then returns
-    no tensor is treated as a data read by the caller."""
+def classify(func: Any, args: tuple[Any, ...] = ()) -> Kind:
+    """What ``func(*args)`` is to a recording. Whatever is not known by name counts as an operation; one that then
+    returns no tensor is treated as a data read by the caller."""
     accessor = _property_name(func)
     if accessor is not None and accessor[0] != "get":
         return Kind.ASSIGNMENT
@@ -147,6 +148,8 @@ def classify(func: Any) -> Kind:
         return Kind.OPERATION if name in _TENSOR_PROPERTIES else Kind.QUESTION
     if name in _DATA_READS:
         return Kind.DATA_READ
+    if name == "type" and len(args) == 1:
+        return Kind.QUESTION
     if name in _QUESTIONS or (name.startswith("is_") and name not in ("is_nonzero",)):
         return Kind.QUESTION
     return Kind.OPERATION
@@ -182,18 +185,19 @@ def splits(func: Any) -> bool:
     return _plain_name(func) in ("unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
 
 
-def reads_sizes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ``func`` tells Python a size other than that of the first dimension."""
-    name = _plain_name(func)
-    if name == "__len__" or name not in _SIZE_QUESTIONS:
-        return False
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    return not (name == "size" and dim == 0)
+def reads_rank(func: Any) -> bool:
+    """Whether ``func`` tells Python how many dimensions a tensor has."""
+    return _plain_name(func) in ("dim", "ndim", "ndimension")
+
+
+def reads_dtype(func: Any) -> bool:
+    """Whether ``func`` tells Python what kind of numbers a tensor holds."""
+    return _plain_name(func) in ("dtype", "is_floating_point", "is_complex", "is_signed", "type")
 
 
 def draws_random_numbers(func: Any) -> bool:
     """Whether two calls of ``func`` on the same arguments may differ."""
-    return _plain_name(func) in _RANDOM
+    return _plain_name(func) in _RANDOM or getattr(func, "__module__", None) == "torch.nn.init"
 
 
 def target_of(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:

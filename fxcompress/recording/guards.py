@@ -19,7 +19,8 @@ def check_input(value: Any, expected: Any, name: str) -> Any:
 
     Args:
         value: an input of the graph.
-        expected: ``("tensor", sizes)`` with ``None`` for a free size, or ``None`` for any sizes; ``("value", v)``;
+        expected: ``("tensor", sizes, floating)`` with ``None`` for a free size, for any sizes, or for any dtype;
+            ``("value", v)``;
             ``("sequence", parts)``; ``("mapping", {key: part})``; ``("object", {attribute: part})``;
             ``("any",)``.
         name: what to call the input in a message.
@@ -31,7 +32,7 @@ def check_input(value: Any, expected: Any, name: str) -> Any:
         return value.tracer.create_proxy("call_function", check_input, (value, expected, name), {})
     kind = expected[0]
     if kind == "tensor":
-        _check_tensor(value, expected[1], name)
+        _check_tensor(value, expected[1], expected[2], name)
     elif kind == "value":
         if type(value) is not type(expected[1]) or value != expected[1]:
             raise ValueError(
@@ -53,9 +54,12 @@ def check_input(value: Any, expected: Any, name: str) -> Any:
     return None
 
 
-def _check_tensor(value: Any, sizes: tuple[int | None, ...] | None, name: str) -> None:
+def _check_tensor(value: Any, sizes: tuple[int | None, ...] | None, floating: bool | None, name: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"this graph was recorded with a tensor for {name}, got {type(value).__name__}")
+    if floating is not None and value.is_floating_point() is not floating:
+        wanted = "floating point" if floating else "integers or booleans"
+        raise ValueError(f"this graph was recorded with {wanted} in {name}, got {value.dtype}; trace the model again")
     if sizes is None:
         return
     fits = value.dim() == len(sizes)

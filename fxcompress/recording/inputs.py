@@ -61,23 +61,19 @@ class Inputs:
         """The same inputs at other ``sizes``; with a ``seed`` also with other values of the same kind.
 
         Values are repeated along a dimension that grows. Fresh values are the given ones in another order and, for
-        floating point, scaled a little, so that they stay within what the model expects.
+        floating point, scaled a little, so that they stay within what the model expects. A tensor given twice becomes
+        two tensors: they are two inputs.
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        memo: dict[int, torch.Tensor] = {}
 
         def change(name: str, path: Path, tensor: torch.Tensor) -> torch.Tensor:
-            if id(tensor) not in memo:
-                result = tensor.detach()
-                for dim in range(tensor.dim()):
-                    size = sizes.get((name, path, dim), tensor.shape[dim])
-                    if size != tensor.shape[dim]:
-                        index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
-                        result = result.index_select(dim, index)
-                if generator is not None:
-                    result = _other_values(result, generator)
-                memo[id(tensor)] = result.clone()
-            return memo[id(tensor)]
+            result = tensor.detach()
+            for dim in range(tensor.dim()):
+                size = sizes.get((name, path, dim), tensor.shape[dim])
+                if size != tensor.shape[dim]:
+                    index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+                    result = result.index_select(dim, index)
+            return (result if generator is None else _other_values(result, generator)).clone()
 
         return self._mapped(change)
 
@@ -130,7 +126,7 @@ def _copy_with(value: Any, new: dict[tuple[str, Any], Any]) -> Any:
         if kind == "item":
             result[key] = part
         else:
-            setattr(result, key, part)
+            object.__setattr__(result, key, part)  # frozen dataclasses too: it is a copy
     return result
 
 
@@ -173,16 +169,16 @@ def guard(
         graph: the graph.
         placeholder: the node of the argument.
         argument: what it was recorded with.
-        fixed: for a tensor at a path, the sizes that are fixed (``None``: any) or ``None`` if all are free.
+        fixed: for a tensor at a path, what is fixed: sizes (``None``: any), and floating point or not.
     """
     expected = _expected(argument.value, (), fixed)
-    if expected not in (("tensor", None), ("any",)):
+    if expected not in (("tensor", None, None), ("any",)):
         graph.call_function(check_input, (placeholder, expected, argument.name))
 
 
 def _expected(value: Any, path: Path, fixed: Callable[[Path, torch.Tensor], Any]) -> Any:
     if isinstance(value, torch.Tensor):
-        return ("tensor", fixed(path, value))
+        return ("tensor", *fixed(path, value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return ("value", value)
     parts = {step: _expected(part, (*path, step), fixed) for step, part in children(value)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributions
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -19,10 +20,12 @@ __all__ = [
     "compiling",
     "fake_mode",
     "is_fake",
+    "is_transformed",
     "module_calls",
     "non_persistent_buffers",
     "script_function_calls",
     "source_of_script_function",
+    "without_assertions_on_data",
     "without_causal_detection",
     "without_fused_encoder",
     "wrap_functions_of_torch",
@@ -75,6 +78,24 @@ def without_causal_detection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_assertions_on_data() -> Iterator[None]:
+    """Leave out checks that look at data and otherwise change nothing: those that libraries make while compiling, and
+    those of ``torch.distributions``."""
+    names = [n for n in ("_check_tensor_all", "_check_tensor_all_with") if hasattr(torch, n)]
+    before = {n: getattr(torch, n) for n in names}
+    validates = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    for name in names:
+        setattr(torch, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validates)
+        for name, function in before.items():
+            setattr(torch, name, function)
+
+
+@contextlib.contextmanager
 def without_fused_encoder() -> Iterator[None]:
     """Let ``nn.TransformerEncoder`` run the code that it runs while training, not its fused inference kernel."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -121,13 +142,13 @@ def script_function_calls(
 
 
 @contextlib.contextmanager
-def autograd_function_calls(handler: Callable[[Callable[..., Any], Any, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Send every ``SomeFunction.apply(*args)`` to ``handler(original_apply, SomeFunction, args)``."""
+def autograd_function_calls(handler: CallHandler) -> Iterator[None]:
+    """Send every ``SomeFunction.apply(...)`` to ``handler(original_apply, SomeFunction, args, kwargs)``."""
     kind = torch.autograd.Function
     original = kind.__dict__["apply"]
 
-    def apply(cls: Any, *args: Any) -> Any:
-        return handler(original.__get__(None, cls), cls, args)
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return handler(original.__get__(None, cls), cls, args, kwargs)
 
     kind.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
@@ -144,6 +165,11 @@ def source_of_script_function(function: Any) -> Callable[..., Any] | None:
 def fake_mode() -> contextlib.AbstractContextManager[Any]:
     """Tensors made or used in here have shapes, dtypes and devices, and no values; nothing is computed."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` belongs to a transform of ``torch.func``."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxcompress import editing
 from fxcompress.analysis.running import undisturbed
-from fxcompress.canonical import canonicalize
+from fxcompress.canonical import TrainingUse, canonicalize
 from fxcompress.errors import TraceError, TraceWarning
 from fxcompress.recording import internals
 from fxcompress.recording.alignment import Symbol, align
-from fxcompress.recording.comparing import SEED
+from fxcompress.recording.comparing import SEED, without_state_of_runs
 from fxcompress.recording.constants import fold_constants, follow_device
 from fxcompress.recording.dimensions import size_choices
 from fxcompress.recording.inputs import Dimension, Inputs
@@ -24,9 +22,9 @@ from fxcompress.recording.retracing import Retracer
 from fxcompress.recording.session import DataRead, Session
 from fxcompress.recording.training import training_uses
 
-__all__ = ["Recording"]
+__all__ = ["SLOW", "Recording", "finish"]
 
-_WORTH_FAKING = 1.0
+SLOW = 1.0
 """Seconds of one run above which a run that only has to show sizes is done on tensors without values."""
 
 
@@ -43,18 +41,20 @@ class Recording:
 
     def __init__(self, work: nn.Module, inputs: Inputs, seconds: float, opaque: frozenset[str], auto: bool) -> None:
         self.work, self.inputs = work, inputs
-        self.slow = self.faking = seconds >= _WORTH_FAKING
+        self.slow = self.faking = seconds >= SLOW
         self.opaque, self.auto = opaque, auto
         self.methods: frozenset[Method] = frozenset()
         self.free: dict[Dimension, str] = {}
-        self.sizes_were_read = False
+        self.sizes_were_read = self.ranks_were_read = self.dtypes_were_read = False
+        self.root = work
 
-    def graph_module(self, free: dict[Dimension, str]) -> fx.GraphModule:
-        """The graph, with the ``free`` dimensions free if the model runs at other sizes of them; ``self.free`` then
-        says whether."""
+    def graph_module(self, free: dict[Dimension, str]) -> tuple[fx.GraphModule, dict[fx.Node, TrainingUse]]:
+        """The graph, with the ``free`` dimensions free if the model runs at other sizes of them (``self.free`` then
+        says whether), and what :func:`finish` wants to know."""
         session = self._record_free(free)
         uses = training_uses(session, self._in_other_mode)
         self.sizes_were_read = session.sizes_were_read
+        self.ranks_were_read, self.dtypes_were_read = session.ranks_were_read, session.dtypes_were_read
         root = session.model
         for path, value in session.attributes.items():
             editing.set_attribute(root, path, value)
@@ -64,9 +64,7 @@ class Recording:
             follow_device(session.graph, session.input_node(*first[0]), first[1].device)
         session.graph._tracer_cls = Retracer
         gm = fx.GraphModule(root, session.graph, type(root).__name__)
-        _restore_flags(gm, root)
-        canonicalize(gm, uses)
-        _restore_counters(gm, root)
+        self.root = root
         if session.buffer_reads:
             warnings.warn(
                 f"the model reads the value of a buffer by {session.buffer_reads[0]}; the graph keeps what followed "
@@ -74,7 +72,7 @@ class Recording:
                 TraceWarning,
                 stacklevel=4,
             )
-        return gm
+        return gm, uses
 
     def _record_free(self, dims: dict[Dimension, str]) -> Session:
         failure: Exception | None = None
@@ -128,35 +126,34 @@ class Recording:
         flags = [(m, m.training) for m in self.work.modules()]
         self.work.train(not self.work.training)
         try:
-            return self._glance(self.inputs)
+            return self._glance(self.inputs, tolerant=True)
         finally:
             for module, flag in flags:
                 module.training = flag
 
-    def _glance(self, inputs: Inputs) -> Session:
+    def _glance(self, inputs: Inputs, tolerant: bool = False) -> Session:
         """A recording of which only calls and sizes matter: where a run takes long, of one without values."""
         if not self.faking:
-            return self._record(inputs)
+            return self._record(inputs, tolerant)
         opaque, methods = self.opaque, self.methods
         try:
             with internals.fake_mode() as mode:
-                return self._record(inputs.converted(mode.from_tensor))
+                return self._record(inputs.converted(mode.from_tensor), tolerant)
         except Exception:  # something needs values, or has no kernel that works without: then with them
             self.opaque, self.methods, self.faking = opaque, methods, False
-            return self._record(inputs)
+            return self._record(inputs, tolerant)
 
-    def _record(self, inputs: Inputs) -> Session:
+    def _record(self, inputs: Inputs, tolerant: bool = False) -> Session:
         """One recorded run; with ``auto`` again for each module that turns out to look at data.
 
         It is a run of a copy that shares all parameters and buffers: what a run leaves in Python attributes is not
         there for the next one, so all recordings start alike.
         """
-        shared: dict[int, Any] = {id(t): t for t in [*self.work.parameters(), *self.work.buffers()]}
         while True:
-            session = Session(copy.deepcopy(self.work, dict(shared)), self.opaque, self.methods)
+            session = Session(without_state_of_runs(self.work), self.opaque, self.methods, tolerant)
             run = inputs.changed({})
             try:
-                with undisturbed(self.work, run.values()):
+                with undisturbed(session.model, run.values()):
                     torch.manual_seed(SEED)
                     session.run(run)
                 return session
@@ -173,6 +170,16 @@ class Recording:
             self.methods = self.methods | {error.method}
             return True
         return False
+
+
+def finish(gm: fx.GraphModule, root: nn.Module, uses: dict[fx.Node, TrainingUse]) -> None:
+    """Give ``gm``, made of ``root``, the vocabulary of modules, and what a ``GraphModule`` forgets."""
+    _restore_flags(gm, root)
+    canonicalize(gm, uses)
+    _restore_counters(gm, root)
+    for module in gm.modules():
+        if type(module) is nn.Module:  # a container made here
+            module.training = gm.training
 
 
 def _restore_flags(gm: fx.GraphModule, work: nn.Module) -> None:

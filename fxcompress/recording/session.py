@@ -6,14 +6,17 @@ import contextlib
 import dataclasses
 import enum
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxcompress.errors import TraceError
+from fxcompress.errors import TraceError, TraceWarning
 from fxcompress.modules import AutogradCall, Refill
 from fxcompress.recording import functions, internals
 from fxcompress.recording.facts import Depends, Ledger, version
@@ -63,10 +66,15 @@ class Session(TorchFunctionMode):
         model: the module to run; its parameters and buffers are known by their first name.
         opaque: paths of modules to keep as one call whatever they are.
         methods: methods to keep as one call.
+        tolerant: let Python look at random numbers; the graph is then only good for a glance.
     """
 
     def __init__(
-        self, model: nn.Module, opaque: frozenset[str] = frozenset(), methods: frozenset[Method] = frozenset()
+        self,
+        model: nn.Module,
+        opaque: frozenset[str] = frozenset(),
+        methods: frozenset[Method] = frozenset(),
+        tolerant: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -77,7 +85,8 @@ class Session(TorchFunctionMode):
         self.hints: dict[fx.Node, Hint] = {}
         self.attributes: dict[str, Any] = {}
         self.buffer_reads: list[str] = []
-        self.sizes_were_read = False
+        self.sizes_were_read = self.ranks_were_read = self.dtypes_were_read = False
+        self.tolerant = tolerant
         self._inputs: dict[str, fx.Node] = {}
         self._objects: dict[int, tuple[Any, fx.Node, list[int]]] = {}
         self._parts: dict[tuple[fx.Node, Path], fx.Node] = {}
@@ -94,9 +103,11 @@ class Session(TorchFunctionMode):
         with self.pause():
             self._place(inputs)
         args, kwargs = inputs.call()
+        buffers = [(path, m, dict(m._buffers)) for path, m in self.model.named_modules()]
         with (
             internals.compiling(),
             torch.compiler.set_stance("force_eager"),
+            internals.without_assertions_on_data(),
             internals.without_causal_detection(),
             internals.module_calls(self._on_module),
             internals.script_function_calls(self._on_script_function),
@@ -107,6 +118,7 @@ class Session(TorchFunctionMode):
         ):
             out = self.model(*args, **kwargs)
             with self.pause():
+                self._write_buffers(buffers)
                 self.graph.output(self._argument(out))
         for method, path in self.methods.items():
             if path in self.attributes:
@@ -114,6 +126,22 @@ class Session(TorchFunctionMode):
         if self._offence is not None:  # the model's own code swallowed the exception and went on
             raise self._offence
         return out
+
+    def _write_buffers(self, before: list[tuple[str, nn.Module, dict[str, torch.Tensor | None]]]) -> None:
+        """``self.mean = new`` on a buffer becomes ``mean.copy_(new)``, since a graph cannot assign attributes."""
+        for path, module, buffers in before:
+            for name, old in buffers.items():
+                new = module._buffers.get(name)
+                if new is old or old is None:
+                    continue
+                where = f"{path}.{name}" if path else name
+                node = None if new is None else self.ledger.node_of(new)
+                if node is None or new is None or new.shape != old.shape:
+                    raise TraceError(
+                        f"the model replaces its buffer {where} by something that cannot be copied into it"
+                    )
+                self.graph.call_method("copy_", (self._tensor_node(old), node))
+                module._buffers[name] = old
 
     def _place(self, inputs: Inputs) -> None:
         """One placeholder for each argument, under its own name; then whatever is inside structured ones."""
@@ -156,7 +184,7 @@ class Session(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._ignoring():
             return func(*args, **kwargs)
-        kind = functions.classify(func)
+        kind = functions.classify(func, args)
         if kind is Kind.QUESTION:
             self._question(func, args, kwargs)
             return func(*args, **kwargs)
@@ -166,16 +194,22 @@ class Session(TorchFunctionMode):
                 return func(*args, **kwargs)
         if kind is Kind.ASSIGNMENT:
             return self._assignment(func, args, kwargs)
-        if functions.splits(func) and isinstance(args[0], torch.Tensor) and self.ledger.data_dims(args[0]):
-            self._data_read(f"{functions.display_name(func)} (as often as values say)", args, kwargs)
+        if functions.splits(func) and isinstance(args[0], torch.Tensor):
+            self.sizes_were_read = True  # Python sees how many parts there are
+            if self.ledger.data_dims(args[0]):
+                self._data_read(f"{functions.display_name(func)} (as often as values say)", args, kwargs)
         op, target, node_args = functions.target_of(func, args)
         return self._record(op, target, node_args, kwargs, lambda: func(*args, **kwargs), func)
 
     def _question(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not args or not isinstance(args[0], torch.Tensor):
             return
-        if functions.reads_sizes(func, args, kwargs) and self.ledger.depends(args[0]) & Depends.INPUT:
-            self.sizes_were_read = True
+        if self.ledger.depends(args[0]) & Depends.INPUT:
+            read = functions.sizes_read(func, args, kwargs)
+            of_input = self.ledger.node_of(args[0]) in self._inputs.values()
+            self.sizes_were_read |= read is None or bool(read - {0} if of_input else read)
+            self.ranks_were_read |= functions.reads_rank(func)
+            self.dtypes_were_read |= functions.reads_dtype(func)
         follows = self.ledger.data_dims(args[0])
         if follows:
             read = functions.sizes_read(func, args, kwargs)
@@ -195,6 +229,11 @@ class Session(TorchFunctionMode):
     def _record(self, op: str, target: Any, args: Any, kwargs: Any, call: Callable[[], Any], func: Any = None) -> Any:
         with self.pause():
             given = [t for _, t in leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            if any(internals.is_transformed(t) for t in given):
+                raise TraceError(
+                    f"the model uses a transform of torch.func (vmap, grad ...) at {self._where()}, inside which no "
+                    "tensor can be recorded; keep the module that does as one call: opaque=[its path]"
+                )
             node_args = tuple(self._argument(a) for a in args)
             node_kwargs = {k: self._argument(v) for k, v in kwargs.items()}
             node = self.graph.create_node(op, target, node_args, node_kwargs)
@@ -254,17 +293,24 @@ class Session(TorchFunctionMode):
 
     def _data_read(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depends = self.ledger.depends((args, kwargs))
+        if self.tolerant and not depends & (Depends.INPUT | Depends.PARAMETER):
+            return
         if depends & (Depends.INPUT | Depends.PARAMETER | Depends.RANDOM):
             path = self._stack[-1][0]
             source = "an input" if depends & Depends.INPUT else "a parameter"
             if not depends & (Depends.INPUT | Depends.PARAMETER):
                 source = "random numbers"
+            method = calling_method(self._paths) if path == "" else None
+            what_is_kept = "innermost module" if path else "method"
+            advice = f', or pass opaque="auto" to keep the {what_is_kept} that does this as one call'
+            if not path and method is None:
+                advice = ", or move it into a submodule and pass opaque"
             self._offence = DataRead(
                 f"the model reads data by {what} at {self._where()}, from a tensor that depends on {source}: what "
                 "Python does with the value would be fixed in the graph. Rewrite the place with tensor operations "
-                '(torch.where, masks), or pass opaque="auto" to keep the innermost module that does this as one call',
+                "(torch.where, masks)" + advice,
                 path,
-                calling_method(self._paths) if path == "" else None,
+                method,
             )
             raise self._offence
         if depends & Depends.BUFFER:
@@ -277,7 +323,8 @@ class Session(TorchFunctionMode):
         path = self._paths.get(id(module))
         if self._ignoring() or path is None or path == "":
             return original(module, *args, **kwargs)
-        if path in self.opaque or is_leaf(module):
+        registered = all(id(p) in self.ledger.names for p in module._parameters.values() if p is not None)
+        if path in self.opaque or (registered and is_leaf(module)):  # functional_call puts other parameters in
             return self._record("call_module", path, args, kwargs, lambda: original(module, *args, **kwargs))
         self._stack.append((path, module))
         try:
@@ -304,16 +351,20 @@ class Session(TorchFunctionMode):
             )
         return python(*args, **kwargs)
 
-    def _on_autograd_function(self, original: Callable[..., Any], function: Any, args: tuple[Any, ...]) -> Any:
+    def _on_autograd_function(
+        self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self._ignoring():
-            return original(*args)
+            return original(*args, **kwargs)
+        if function is torch.utils.checkpoint.CheckpointFunction:  # (run_function, preserve_rng_state, *its arguments)
+            return args[0](*args[2:])
         path = f"autograd.{function.__name__}"
         count = 0
         while path in self.attributes and self.attributes[path].function is not function:
             count += 1
             path = f"autograd.{function.__name__}_{count}"
         self.attributes.setdefault(path, AutogradCall(function))
-        return self._record("call_module", path, args, {}, lambda: original(*args))
+        return self._record("call_module", path, args, kwargs, lambda: original(*args, **kwargs))
 
     # ------------------------------------------------------------------------------------------------- arguments
     def _argument(self, value: Any) -> Any:
@@ -326,6 +377,8 @@ class Session(TorchFunctionMode):
             return self._tensor_node(value)
         if type(value) in (int, float, bool, str, type(None)):
             return value
+        if isinstance(value, np.generic):  # float64 is a float, and is written as np.float64(...)
+            return value.item()
         return to_argument(value, self._tensor_node, self._object_node, self.graph, self._argument)
 
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
@@ -346,6 +399,13 @@ class Session(TorchFunctionMode):
 
     def _constant_name(self, tensor: torch.Tensor) -> str:
         """A name for a tensor that no operation of this run has made and that is no parameter or buffer."""
+        if isinstance(tensor, nn.Parameter):
+            warnings.warn(
+                f"a Parameter used at {self._where()} is not registered with the model (it may be in a Python list); "
+                "it is a constant of the graph and will not be trained",
+                TraceWarning,
+                stacklevel=2,
+            )
         self.ledger.keep(tensor)
         for path, module in self.model.named_modules():
             for key, value in vars(module).items():
@@ -368,9 +428,10 @@ class Session(TorchFunctionMode):
 
     def _object_node(self, value: Any) -> Any:
         """An argument that is no tensor, no plain value and no plain container."""
-        item = getattr(value, "item", None)
-        if type(value).__module__ == "numpy" and callable(item) and getattr(value, "ndim", 1) == 0:
-            return item()
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, np.ndarray):
+            return self._tensor_node(torch.from_numpy(value.copy()))
         if isinstance(value, enum.Enum):
             return value
         paths = [path for path, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
@@ -396,7 +457,8 @@ class Session(TorchFunctionMode):
                 depends |= Depends.PARAMETER
             if next(module.buffers(), None) is not None:
                 depends |= Depends.BUFFER
-            if module.training or not _is_torch_module(module):
+            drops = isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
+            if module.training or drops or not _is_torch_module(module):
                 depends |= Depends.RANDOM
         return depends
 
@@ -427,6 +489,8 @@ def is_leaf(module: nn.Module) -> bool:
     that acts by its training flag (such as stochastic depth), which must go on obeying it."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
+    if "forward" in vars(module) or any(isinstance(v, torch.Tensor) for v in vars(module).values()):
+        return False  # its forward, or a weight of it, was put there by other code
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     if next(module.children(), None) is not None:

@@ -36,7 +36,7 @@ def training_uses(session: Session, record_again: Callable[[], Session]) -> dict
         record_again: records another run of the same model in the other mode.
     """
     other: dict[tuple[str, Any], list[fx.Node]] = {}
-    if any(node.target in _DROPS for node in session.hints) or _asks_for_mode(session.model):
+    if session.hints or _asks_for_mode(session.model):
         twin = _in_other_mode(session, record_again)
         if twin is not None:
             other = _by_module(twin)
@@ -54,6 +54,8 @@ def training_uses(session: Session, record_again: Callable[[], Session]) -> dict
 def _asks_for_mode(model: nn.Module) -> bool:
     """Whether code of a module that is recorded inside names its training flag."""
     for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
         if is_leaf(module):
             continue
         for kind in type(module).__mro__:
@@ -68,8 +70,13 @@ def _asks_for_mode(model: nn.Module) -> bool:
 def _tell_difference(session: Session, twin: Session) -> None:
     """Warn if the other mode makes calls that no flag in the graph can stand for."""
     ours, theirs = _calls(session), _calls(twin)
+    counts = [{key: len(nodes) for key, nodes in _by_module(s).items()} for s in (session, twin)]
+    if counts[0] != counts[1]:  # a dropout that is called in one mode only
+        ours, theirs = [*ours, *session.hints], [*theirs, *twin.hints]
     for a, b in itertools.zip_longest(ours, theirs):
         if a is None or b is None or (a.op, a.target) != (b.op, b.target):
+            break
+        if a not in session.hints and _flags(a) != _flags(b):
             break
     else:
         return
@@ -81,6 +88,10 @@ def _tell_difference(session: Session, twin: Session) -> None:
         TraceWarning,
         stacklevel=6,
     )
+
+
+def _flags(node: fx.Node) -> list[bool]:
+    return [v for v in (*node.args, *node.kwargs.values()) if isinstance(v, bool)]
 
 
 def _calls(session: Session) -> list[fx.Node]:
@@ -128,8 +139,9 @@ def _use(session: Session, node: fx.Node, twin: fx.Node | None) -> TrainingUse:
     else:
         flag = bool(given.get("training", node.target in _DROPS))
         follows = flag == hint.training
-        if seen is not None and node.target in _DROPS:
-            follows = follows and bool(seen.get("training", True)) != flag
         source = given if hint.training or seen is None else seen
         probability = float(source.get("p", source.get("dropout_p", 0.5)))
+        if seen is not None:
+            flag_follows = bool(seen.get("training", node.target in _DROPS)) != flag
+            follows = (follows and flag_follows) or given.get("p", 0.5) != seen.get("p", 0.5)
     return TrainingUse(hint.rank, follows, probability, hint.mask_rank, hint.float_masks)
