@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["AutogradCall", "MethodCall", "Refill", "ScaledDotProductAttention"]
+__all__ = ["AutogradCall", "MethodCall", "MultiHeadAttentionForward", "Refill", "ScaledDotProductAttention"]
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -31,6 +31,15 @@ class ScaledDotProductAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
+
+
+class MultiHeadAttentionForward(nn.Module):
+    """``torch.nn.functional.multi_head_attention_forward`` whose dropout obeys ``train()`` and ``eval()``; it stands
+    where the call has no explicit form."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the function, except for ``training``, which is this module's."""
+        return F.multi_head_attention_forward(*args, **{**kwargs, "training": self.training})
 
 
 class AutogradCall(nn.Module):

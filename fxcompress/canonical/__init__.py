@@ -21,6 +21,7 @@ from fxcompress import editing
 from fxcompress.canonical.attention import expand_attention
 from fxcompress.canonical.layers import Layers, TrainingUse
 from fxcompress.canonical.rules import RULES, Rule, arguments, matmul
+from fxcompress.modules import MultiHeadAttentionForward
 
 __all__ = ["TrainingUse", "canonicalize"]
 
@@ -37,8 +38,8 @@ def canonicalize(gm: fx.GraphModule, uses: Mapping[fx.Node, TrainingUse] | None 
         use = uses.get(node)
         if node.op == "call_function":
             if node.target is F.multi_head_attention_forward:
-                if use is not None:
-                    expand_attention(layers, node, use)
+                if use is not None and not expand_attention(layers, node, use) and use.follows:
+                    _let_follow(layers, node)
                 continue
             rule = RULES.get(node.target)
             if rule is not None:
@@ -46,6 +47,17 @@ def canonicalize(gm: fx.GraphModule, uses: Mapping[fx.Node, TrainingUse] | None 
         elif node.op == "call_method" and node.target == "matmul":
             _apply(layers, node, matmul, use)
     editing.clean_up(gm)
+
+
+def _let_follow(layers: Layers, node: fx.Node) -> None:
+    """A call of multi-head attention that cannot be written out at least obeys the training mode."""
+    given = arguments(node)
+    if given is None:
+        return
+    module = MultiHeadAttentionForward().train(bool(given.pop("training", True)))
+    path = editing.add_module(layers.gm, f"attentions.{node.name}", module)
+    with node.graph.inserting_before(node):
+        editing.replace(node, node.graph.call_module(path, (), given))
 
 
 def _apply(layers: Layers, node: fx.Node, rule: Rule, use: TrainingUse | None) -> None:

@@ -20,7 +20,8 @@ class TrainingUse:
 
     Attributes:
         rank: number of dimensions of the first tensor argument.
-        follows: whether the call's training flag is that of its module.
+        follows: whether the call does by the training flag of its module what it does.
+        training: that flag, when it was recorded.
         probability: of dropping, in training mode.
         mask_rank: number of dimensions of ``attn_mask``, 0 without one.
         float_masks: whether all masks are of floating point.
@@ -28,6 +29,7 @@ class TrainingUse:
 
     rank: int
     follows: bool
+    training: bool = False
     probability: float = 0.0
     mask_rank: int = 0
     float_masks: bool = True

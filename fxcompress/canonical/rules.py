@@ -168,7 +168,7 @@ def _batch_norm(layers: Layers, node: fx.Node, given: dict[str, Any], use: Train
     tensors = {"running_mean": tensor, "running_var": layers.tensor(var)}
     if weight is not None:
         tensors |= {"weight": layers.parameter(weight), "bias": layers.parameter(bias)}
-    fill(module, tensor, bool(given.get("training", False)), **tensors)
+    fill(module, tensor, use.training, **tensors)
     sources = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
     path = layers.put("batch_norm", sources, module, (eps, momentum))
     _count_batches_once(layers, path, node)
@@ -242,7 +242,7 @@ def _dropout(layers: Layers, node: fx.Node, given: dict[str, Any], use: Training
         return None
     inplace = bool(given.get("inplace", False))
     module = _DROPOUTS[node.target](p=use.probability, inplace=inplace)
-    module.train(bool(given.get("training", True)))
+    module.train(use.training)
     return editing.add_module(layers.gm, f"dropouts.{node.name}", module), (given["input"],), {}
 
 
@@ -250,7 +250,7 @@ def _attention(layers: Layers, node: fx.Node, given: dict[str, Any], use: Traini
     if use is None or not use.follows or use.probability == 0.0:
         return None
     module = ScaledDotProductAttention(use.probability)
-    module.train(layers.gm.training)
+    module.train(use.training)
     given.pop("dropout_p", None)
     query, key, value = (given.pop(k) for k in ("query", "key", "value"))
     return editing.add_module(layers.gm, f"attentions.{node.name}", module), (query, key, value), given

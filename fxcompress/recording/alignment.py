@@ -138,7 +138,7 @@ class _Merge:
             return self.expressions[a, b]
         made = self._of_inputs(a, b)
         if made is None and isinstance(a, int) and isinstance(b, int):
-            made = self._of_intermediate(a, b, at)
+            made = self._of_intermediate(a, b, at) or self._affine(a, b)
         if made is None:
             fact = self.first.ledger.facts.get(at)
             raise TraceError(
@@ -157,7 +157,10 @@ class _Merge:
                 if made is not None:
                     self.expressions[a, b] = made
                     return made
-        for symbol in self.symbols if isinstance(a, int) and isinstance(b, int) else ():
+        return None
+
+    def _affine(self, a: int, b: int) -> fx.Node | None:
+        for symbol in self.symbols:
             x, y = symbol.sizes
             slope = Fraction(int(b) - int(a), y - x)
             if slope.denominator == 1 and slope > 0:

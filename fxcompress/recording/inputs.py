@@ -46,13 +46,14 @@ class Inputs:
 
     def values(self) -> tuple[Any, ...]:
         """What to call the graph with: the value of every placeholder."""
-        return tuple(a.value for a in self.arguments)
+        return tuple(a.value if a.given or not isinstance(a.value, torch.Tensor) else None for a in self.arguments)
 
     def tensors(self) -> dict[tuple[str, Path], torch.Tensor]:
         """Every tensor in the arguments."""
         return {
             (a.name, path): leaf
             for a in self.arguments
+            if a.given
             for path, leaf in leaves(a.value)
             if isinstance(leaf, torch.Tensor)
         }
@@ -84,7 +85,7 @@ class Inputs:
     def _mapped(self, change: Callable[[str, Path, torch.Tensor], torch.Tensor]) -> Inputs:
         return Inputs(
             tuple(
-                dataclasses.replace(a, value=_map(a.value, (), functools.partial(change, a.name)))
+                dataclasses.replace(a, value=_map(a.value, (), functools.partial(change, a.name))) if a.given else a
                 for a in self.arguments
             )
         )
@@ -171,7 +172,8 @@ def guard(
         argument: what it was recorded with.
         fixed: for a tensor at a path, what is fixed: sizes (``None``: any), and floating point or not.
     """
-    expected = _expected(argument.value, (), fixed)
+    value = None if isinstance(argument.value, torch.Tensor) and not argument.given else argument.value
+    expected = _expected(value, (), fixed)
     if expected not in (("tensor", None, None), ("any",)):
         graph.call_function(check_input, (placeholder, expected, argument.name))
 

@@ -45,6 +45,7 @@ class Recording:
         self.opaque, self.auto = opaque, auto
         self.methods: frozenset[Method] = frozenset()
         self.free: dict[Dimension, str] = {}
+        self._trying: dict[Dimension, str] = {}
         self.sizes_were_read = self.ranks_were_read = self.dtypes_were_read = False
         self.root = work
 
@@ -98,12 +99,14 @@ class Recording:
                 TraceWarning,
                 stacklevel=5,
             )
+        self._trying = {}
         return self._record(self.inputs.changed({}, seed=1))
 
     def _record_pair(self, dims: dict[Dimension, str], sizes: dict[str, tuple[int, int]]) -> Session:
         larger, smaller = (
             self.inputs.changed({d: sizes[label][i] for d, label in dims.items()}, seed=1 + i) for i in (0, 1)
         )
+        self._trying = dims
         while True:
             kept = (self.opaque, self.methods)
             first = self._record(smaller)
@@ -155,7 +158,7 @@ class Recording:
             try:
                 with undisturbed(session.model, run.values()):
                     torch.manual_seed(SEED)
-                    session.run(run)
+                    session.run(run, self._trying)
                 return session
             except DataRead as error:
                 if not self.auto or not self._keep_whole(error):

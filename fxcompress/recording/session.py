@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from fxcompress.modules import AutogradCall, Refill
 from fxcompress.recording import functions, internals
 from fxcompress.recording.facts import Depends, Ledger, version
 from fxcompress.recording.functions import Kind
-from fxcompress.recording.inputs import Inputs
+from fxcompress.recording.inputs import Dimension, Inputs
 from fxcompress.recording.methods import Method, calling_method, intercepted, method_call
 from fxcompress.recording.structure import Path, children, follow, is_namedtuple, leaves, to_argument
 
@@ -88,6 +88,7 @@ class Session(TorchFunctionMode):
         self.sizes_were_read = self.ranks_were_read = self.dtypes_were_read = False
         self.tolerant = tolerant
         self._inputs: dict[str, fx.Node] = {}
+        self._batches: set[fx.Node] = set()
         self._objects: dict[int, tuple[Any, fx.Node, list[int]]] = {}
         self._parts: dict[tuple[fx.Node, Path], fx.Node] = {}
         self._stored: dict[str, fx.Node] = {}
@@ -98,10 +99,12 @@ class Session(TorchFunctionMode):
         self._thread = threading.get_ident()
 
     # ------------------------------------------------------------------------------------------------- running
-    def run(self, inputs: Inputs) -> Any:
-        """Run the model on ``inputs``, which become the placeholders; return its output."""
+    def run(self, inputs: Inputs, free: Collection[Dimension] = ()) -> Any:
+        """Run the model on ``inputs``, which become the placeholders; return its output. That Python sees the size of
+        a dimension 0 that is ``free`` does not count as having seen a size."""
         with self.pause():
             self._place(inputs)
+            self._batches = {self.input_node(name, path) for name, path, dim in free if dim == 0}
         args, kwargs = inputs.call()
         buffers = [(path, m, dict(m._buffers)) for path, m in self.model.named_modules()]
         with (
@@ -118,6 +121,7 @@ class Session(TorchFunctionMode):
         ):
             out = self.model(*args, **kwargs)
             with self.pause():
+                self._check_depends(inputs, out)
                 self._write_buffers(buffers)
                 self.graph.output(self._argument(out))
         for method, path in self.methods.items():
@@ -126,6 +130,14 @@ class Session(TorchFunctionMode):
         if self._offence is not None:  # the model's own code swallowed the exception and went on
             raise self._offence
         return out
+
+    def _check_depends(self, inputs: Inputs, out: Any) -> None:
+        if inputs.tensors() and not self.ledger.depends(out) & Depends.INPUT:
+            raise TraceError(
+                "no output of the model depends on an input, as far as a copy of it shows: a hook or a closure may "
+                "point at the original model, so that the copy returns what an earlier run has left there. Keep what "
+                "hooks collect in the module that they are called with"
+            )
 
     def _write_buffers(self, before: list[tuple[str, nn.Module, dict[str, torch.Tensor | None]]]) -> None:
         """``self.mean = new`` on a buffer becomes ``mean.copy_(new)``, since a graph cannot assign attributes."""
@@ -151,13 +163,15 @@ class Session(TorchFunctionMode):
                 default = (argument.value,)
             elif default:  # Python wants a default behind a default; the guard says what is missing
                 default = (None,)
+            if default and isinstance(default[0], torch.Tensor):  # no text for a graph's code; what forward does with
+                default = (None,)  # its own default is recorded
             self._inputs[argument.name] = (
                 self.graph.placeholder(argument.name, default_value=default[0])
                 if default
                 else self.graph.placeholder(argument.name)
             )
         for argument in inputs.arguments:
-            for path, leaf in leaves(argument.value):
+            for path, leaf in leaves(argument.value) if argument.given else ():
                 if isinstance(leaf, torch.Tensor):
                     self._note(self.input_node(argument.name, path), leaf, Depends.INPUT)
 
@@ -206,8 +220,8 @@ class Session(TorchFunctionMode):
             return
         if self.ledger.depends(args[0]) & Depends.INPUT:
             read = functions.sizes_read(func, args, kwargs)
-            of_input = self.ledger.node_of(args[0]) in self._inputs.values()
-            self.sizes_were_read |= read is None or bool(read - {0} if of_input else read)
+            of_batch = self.ledger.node_of(args[0]) in self._batches
+            self.sizes_were_read |= read is None or bool(read - {0} if of_batch else read)
             self.ranks_were_read |= functions.reads_rank(func)
             self.dtypes_were_read |= functions.reads_dtype(func)
         follows = self.ledger.data_dims(args[0])

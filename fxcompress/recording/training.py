@@ -144,4 +144,4 @@ def _use(session: Session, node: fx.Node, twin: fx.Node | None) -> TrainingUse:
         if seen is not None:
             flag_follows = bool(seen.get("training", node.target in _DROPS)) != flag
             follows = (follows and flag_follows) or given.get("p", 0.5) != seen.get("p", 0.5)
-    return TrainingUse(hint.rank, follows, probability, hint.mask_rank, hint.float_masks)
+    return TrainingUse(hint.rank, follows, hint.training, probability, hint.mask_rank, hint.float_masks)
