@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ from fxcompress.analysis.latency import compare_latency
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm
 
 _GOAL = 1e-12
+_NAME = re.compile(r" (\(node )?'[^']*'\)?")
+"""The names in a reason, without which reasons of one kind are the same text."""
 _TIMED = ("resnet18", "mobilenet_v2", "densenet121")
 
 
@@ -94,8 +97,8 @@ def table(records: list[dict[str, Any]]) -> str:
     reasons: dict[str, list[str]] = {}
     for r in good:
         for target, reason in r["refusals"]:
-            reasons.setdefault(reason, []).append(f"{r['model']} {target}")
-    lines += [f"- left {len(places)} times, first in {places[0]}: {reason}" for reason, places in reasons.items()]
+            reasons.setdefault(_NAME.sub("", reason), []).append(f"{r['model']} {target}")
+    lines += [f"- {len(places)} left, such as {places[0]}: {reason}" for reason, places in reasons.items()]
     return "\n".join(lines) + isolated.failures(records)
 
 

@@ -22,11 +22,10 @@ from fxcompress.analysis.outputs import compare
 from fxcompress.canonical import canonicalize
 from fxcompress.checks import check_model
 from fxcompress.errors import TraceError, TraceWarning, UsageError
-from fxcompress.recording import internals
 from fxcompress.recording.comparing import difference, run, without_state_of_runs
 from fxcompress.recording.dimensions import fixed_dimensions, free_dimensions, insert_guards, other_sizes
 from fxcompress.recording.inputs import Inputs, read_inputs
-from fxcompress.recording.recording import SLOW, Recording, finish
+from fxcompress.recording.recording import WORTH_FAKING, Recording, finish
 from fxcompress.recording.structure import leaves
 
 __all__ = ["trace"]
@@ -147,13 +146,12 @@ def _first_run(work: nn.Module, inputs: Inputs) -> tuple[Any, float]:
         start = time.perf_counter()
         output = run(once, args, kwargs)
         seconds = time.perf_counter() - start
-        if seconds < SLOW:
+        if seconds < WORTH_FAKING:
             _check_stateless(work, output, run(once, *inputs.changed({}).call()))
         if any(isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) for m in work.modules()):
-            with internals.without_fused_encoder():
-                output, fused = run(without_state_of_runs(work), *inputs.changed({}).call()), output
-            difference = compare(output, fused, equal_nan=True)
-            if difference.error > _FUSED_ENCODER_TOLERANCE or difference.structural:
+            fused = run(without_state_of_runs(work), *inputs.changed({}).call(), fused=True)
+            found = compare(output, fused, equal_nan=True)
+            if found.error > _FUSED_ENCODER_TOLERANCE or found.structural:
                 warnings.warn(
                     "torch's fused nn.TransformerEncoder kernel, used in eval mode without gradients, gives other "
                     "values than the layers do (it writes zeros at padded positions); the graph does as the layers",

@@ -294,7 +294,7 @@ def test_a_slow_model_is_computed_only_once_while_recording(monkeypatch: pytest.
     model = Watched().eval()
     trace(model, (torch.randn(1, 5, 8),))
     assert not any(made)
-    monkeypatch.setattr(recording, "SLOW", 0.0)
+    monkeypatch.setattr(recording, "WORTH_FAKING", 0.0)
     made.clear()
     gm = trace(model, (torch.randn(1, 5, 8),))
     assert made.count(True) == 2  # the larger batch, and the other mode
@@ -306,7 +306,7 @@ def test_recording_without_values_gives_the_same_graph(name: str, monkeypatch: p
     kind, make = CASES[name]
     model, x = kind().eval(), make(2)
     expected = trace(model, (x,))
-    monkeypatch.setattr(recording, "SLOW", 0.0)
+    monkeypatch.setattr(recording, "WORTH_FAKING", 0.0)
     assert _without_guards(trace(model, (x,))) == _without_guards(expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import fx, nn
 
 from fxcompress.analysis.outputs import compare
 from fxcompress.analysis.running import undisturbed
+from fxcompress.recording import internals
 from fxcompress.recording.structure import leaves
 
 __all__ = ["SEED", "difference", "run", "without_state_of_runs"]
@@ -23,10 +25,15 @@ _EPS_FACTOR = 8
 deterministic; attention written out adds in another order inside one kernel. 8 eps is 9.5e-7 in float32."""
 
 
-def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What ``module`` returns, without gradients, from a fixed seed, and leaving its buffers as they were."""
+def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, fused: bool = False) -> Any:
+    """What ``module`` returns, without gradients, from a fixed seed, and leaving its buffers as they were.
+
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoder`` do what they do while training, unless ``fused``: in eval
+    mode without gradients torch would use kernels that round otherwise, which no graph that can be trained has.
+    """
     call = module.forward if isinstance(module, fx.GraphModule) else module  # calling one prints when it fails
-    with torch.no_grad(), undisturbed(module, (tuple(args), dict(kwargs))):
+    plain = contextlib.nullcontext() if fused else internals.without_fused_encoder()
+    with plain, torch.no_grad(), undisturbed(module, (tuple(args), dict(kwargs))):
         torch.manual_seed(SEED)
         return call(*args, **kwargs)
 

@@ -22,10 +22,13 @@ from fxcompress.recording.retracing import Retracer
 from fxcompress.recording.session import DataRead, Session
 from fxcompress.recording.training import training_uses
 
-__all__ = ["SLOW", "Recording", "finish"]
+__all__ = ["WORTH_FAKING", "Recording", "finish"]
+
+WORTH_FAKING = 0.2
+"""Seconds of one run above which a run that only has to show sizes is done on tensors without values."""
 
 SLOW = 1.0
-"""Seconds of one run above which a run that only has to show sizes is done on tensors without values."""
+"""Seconds of one run above which runs that would only make a graph less guarded are not made."""
 
 
 class Recording:
@@ -41,7 +44,7 @@ class Recording:
 
     def __init__(self, work: nn.Module, inputs: Inputs, seconds: float, opaque: frozenset[str], auto: bool) -> None:
         self.work, self.inputs = work, inputs
-        self.slow = self.faking = seconds >= SLOW
+        self.slow, self.faking = seconds >= SLOW, seconds >= WORTH_FAKING
         self.opaque, self.auto = opaque, auto
         self.methods: frozenset[Method] = frozenset()
         self.free: dict[Dimension, str] = {}
