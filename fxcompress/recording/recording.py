@@ -22,9 +22,9 @@ from fxcompress.recording.retracing import Retracer
 from fxcompress.recording.session import DataRead, Session
 from fxcompress.recording.training import training_uses
 
-__all__ = ["WORTH_FAKING", "Recording", "finish"]
+__all__ = ["Recording", "finish"]
 
-WORTH_FAKING = 0.2
+WORTH_FAKING = 0.4
 """Seconds of one run above which a run that only has to show sizes is done on tensors without values."""
 
 SLOW = 1.0
