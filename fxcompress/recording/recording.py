@@ -132,7 +132,10 @@ class Recording:
         flags = [(m, m.training) for m in self.work.modules()]
         self.work.train(not self.work.training)
         try:
-            return self._glance(self.inputs, tolerant=True)
+            # more than one sample: a batch norm in training mode does not take a single one
+            return self._glance(
+                self.inputs.changed({d: 2 for d, of in self.free.items() if of == "batch"}), tolerant=True
+            )
         finally:
             for module, flag in flags:
                 module.training = flag
