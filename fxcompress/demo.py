@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 import fxcompress
 from fxcompress.analysis.latency import Latency, compare_latency
 from fxcompress.demo_inputs import class_names, load_model, load_photos, preprocess
+from fxcompress.errors import TraceWarning
 from fxcompress.progress import Event
 from fxcompress.report import Report
 
@@ -202,7 +204,10 @@ def run(
     def on_event(event: Event) -> None:
         tell("compress", f"{event.pass_name or ''} {event.stage}".strip())
 
-    result = fxcompress.compile(model, list(passes), (example,), progress=on_event)
+    with warnings.catch_warnings():
+        # In training mode the network drops whole blocks too, by Python code that no graph keeps; nothing trains it.
+        warnings.simplefilter("ignore", TraceWarning)
+        result = fxcompress.compile(model, list(passes), (example,), progress=on_event)
     tell("classify", "")
     with torch.no_grad():
         before, after = model(batch), result(batch)
