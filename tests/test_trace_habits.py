@@ -221,6 +221,26 @@ def test_odd_ways_to_drop_follow_the_mode(body: Callable[..., Any]) -> None:
         assert_same(gm.train(training), model.train(training), sequences(5))
 
 
+class FixedNorm(nn.Module):
+    """A batch norm that never trains, whatever the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.norm.running_mean.normal_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = self.norm
+        return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False)
+
+
+def test_a_norm_that_never_trains_does_not_start_to() -> None:
+    model = FixedNorm().eval()
+    gm = trace(model, (sequences(),))
+    for training in (True, False):
+        assert_same(gm.train(training), model.train(training), sequences(5))
+
+
 def test_dropout_of_a_constant_is_not_folded() -> None:
     model = nn.Sequential()
     model.drop = nn.Dropout(0.5)
