@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -146,13 +148,12 @@ class Recording:
             return self._record(inputs, tolerant)
         opaque, methods = self.opaque, self.methods
         try:
-            with internals.fake_mode() as mode:
-                return self._record(inputs.converted(mode.from_tensor), tolerant)
+            return self._record(inputs, tolerant, internals.fake_mode())
         except Exception:  # something needs values, or has no kernel that works without: then with them
             self.opaque, self.methods, self.faking = opaque, methods, False
             return self._record(inputs, tolerant)
 
-    def _record(self, inputs: Inputs, tolerant: bool = False) -> Session:
+    def _record(self, inputs: Inputs, tolerant: bool = False, fake: Any = None) -> Session:
         """One recorded run; with ``auto`` again for each module that turns out to look at data.
 
         It is a run of a copy that shares all parameters and buffers: what a run leaves in Python attributes is not
@@ -162,7 +163,10 @@ class Recording:
             session = Session(without_state_of_runs(self.work), self.opaque, self.methods, tolerant)
             run = inputs.changed({})
             try:
-                with undisturbed(session.model, run.values()):
+                # A fake mode begins after the copy is made: tensors in attributes cannot be copied inside one.
+                with undisturbed(session.model, run.values()), fake or contextlib.nullcontext():
+                    if fake is not None:
+                        run = run.converted(fake.from_tensor)
                     torch.manual_seed(SEED)
                     session.run(run, self._trying)
                 return session
