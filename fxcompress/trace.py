@@ -46,7 +46,7 @@ def trace(
     """Record ``model`` as a graph that is equal to it, and check that it is.
 
     The model is copied first and stays as it is. Parameters and buffers keep their names (except those of layers that
-    ``canonical.py`` had to give a new place), tied ones stay tied; the graph follows ``train()`` and ``eval()``.
+    ``canonical/`` had to give a new place), tied ones stay tied; the graph follows ``train()`` and ``eval()``.
 
     Args:
         model: any module that runs on the example; a ``GraphModule`` is returned as it is.

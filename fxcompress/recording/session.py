@@ -218,17 +218,15 @@ class Session(TorchFunctionMode):
     def _question(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not args or not isinstance(args[0], torch.Tensor):
             return
+        read = functions.sizes_read(func, args, kwargs)
         if self.ledger.depends(args[0]) & Depends.INPUT:
-            read = functions.sizes_read(func, args, kwargs)
             of_batch = self.ledger.node_of(args[0]) in self._batches
             self.sizes_were_read |= read is None or bool(read - {0} if of_batch else read)
             self.ranks_were_read |= functions.reads_rank(func)
             self.dtypes_were_read |= functions.reads_dtype(func)
         follows = self.ledger.data_dims(args[0])
-        if follows:
-            read = functions.sizes_read(func, args, kwargs)
-            if read is None or read & follows:
-                self._data_read(f"{functions.display_name(func)} (a size that follows from values)", args, kwargs)
+        if follows and (read is None or read & follows):
+            self._data_read(f"{functions.display_name(func)} (a size that follows from values)", args, kwargs)
 
     def _assignment(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = functions.display_name(func)
