@@ -42,11 +42,15 @@ class Fact:
     @property
     def where(self) -> str:
         """'file:line, in module path'."""
-        return f"{self.file}:{self.line}, in module {self.module or '(the model itself)'}"
+        return _place(self.file, self.line, self.module)
+
+
+def _place(file: str, line: int, module: str) -> str:
+    return f"{file}:{line}, in module {module or '(the model itself)'}"
 
 
 class Ledger:
-    """Which node stands for which tensor, and the :class:`Fact` of every node.
+    """Which node stands for which tensor, the :class:`Fact` of every node, and in which module the run is (``stack``).
 
     Args:
         model: its parameters and buffers are known by their first name.
@@ -55,6 +59,7 @@ class Ledger:
     def __init__(self, model: nn.Module) -> None:
         self.facts: dict[fx.Node, Fact] = {}
         self.mutations: dict[int, list[fx.Node]] = {}
+        self.stack: list[tuple[str, nn.Module]] = [("", model)]
         self.names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: Any = WeakTensorKeyDictionary()
         self._kept: list[Any] = []
@@ -69,9 +74,11 @@ class Ledger:
         """Keep ``value`` alive for the run, so that neither its identity nor its memory goes to another object."""
         self._kept.append(value)
 
-    def note(
-        self, node: fx.Node, value: Any, depends: Depends, module: str, data_dims: frozenset[int] = frozenset()
-    ) -> None:
+    def here(self) -> str:
+        """'file:line, in module path' of the model's code that is running."""
+        return _place(*internals.code_location(), self.stack[-1][0])
+
+    def note(self, node: fx.Node, value: Any, depends: Depends, data_dims: frozenset[int] = frozenset()) -> None:
         """Write down what ``node`` is; a tensor among values is from now on known as it."""
         file, line = internals.code_location()
         shape = storage = None
@@ -82,7 +89,7 @@ class Ledger:
                 self.keep(value)
                 if storage is not None:
                     self._kept_storages.add(storage)
-        self.facts[node] = Fact(depends, file, line, module, shape, storage, data_dims)
+        self.facts[node] = Fact(depends, file, line, self.stack[-1][0], shape, storage, data_dims)
 
     def forget(self, node: fx.Node) -> None:
         """Drop what is known of a node that leaves the graph."""

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxcompress.errors import TraceError, TraceWarning
-from fxcompress.modules import AutogradCall, Refill
+from fxcompress.errors import TraceError
+from fxcompress.modules import AutogradCall
 from fxcompress.recording import functions, internals
+from fxcompress.recording.arguments import Arguments
 from fxcompress.recording.facts import Depends, Ledger, version
 from fxcompress.recording.functions import Kind
 from fxcompress.recording.inputs import Dimension, Inputs
 from fxcompress.recording.methods import Method, calling_method, intercepted, method_call
-from fxcompress.recording.structure import Path, children, follow, is_namedtuple, leaves, to_argument
+from fxcompress.recording.structure import Path, children, follow, is_namedtuple, leaves
 
 __all__ = ["DataRead", "Hint", "Session", "is_leaf"]
 
@@ -84,17 +82,14 @@ class Session(TorchFunctionMode):
         self.ledger = Ledger(model)
         self.hints: dict[fx.Node, Hint] = {}
         self.attributes: dict[str, Any] = {}
+        self.arguments = Arguments(model, self.graph, self.ledger, self.attributes)
         self.buffer_reads: list[str] = []
         self.sizes_were_read = self.ranks_were_read = self.dtypes_were_read = False
         self.tolerant = tolerant
         self._inputs: dict[str, fx.Node] = {}
         self._batches: set[fx.Node] = set()
-        self._objects: dict[int, tuple[Any, fx.Node, list[int]]] = {}
-        self._parts: dict[tuple[fx.Node, Path], fx.Node] = {}
-        self._stored: dict[str, fx.Node] = {}
         self._offence: DataRead | None = None
         self._paths = {id(m): n for n, m in model.named_modules()}
-        self._stack: list[tuple[str, nn.Module]] = [("", model)]
         self._paused = 0
         self._thread = threading.get_ident()
 
@@ -123,7 +118,7 @@ class Session(TorchFunctionMode):
             with self.pause():
                 self._check_depends(inputs, out)
                 self._write_buffers(buffers)
-                self.graph.output(self._argument(out))
+                self.graph.output(self.arguments.argument(out))
         for method, path in self.methods.items():
             if path in self.attributes:
                 self.attributes[path] = method_call(self.model, method)
@@ -152,7 +147,7 @@ class Session(TorchFunctionMode):
                     raise TraceError(
                         f"the model replaces its buffer {where} by something that cannot be copied into it"
                     )
-                self.graph.call_method("copy_", (self._tensor_node(old), node))
+                self.graph.call_method("copy_", (self.arguments.tensor_node(old), node))
                 module._buffers[name] = old
 
     def _place(self, inputs: Inputs) -> None:
@@ -173,11 +168,11 @@ class Session(TorchFunctionMode):
         for argument in inputs.arguments:
             for path, leaf in leaves(argument.value) if argument.given else ():
                 if isinstance(leaf, torch.Tensor):
-                    self._note(self.input_node(argument.name, path), leaf, Depends.INPUT)
+                    self.ledger.note(self.input_node(argument.name, path), leaf, Depends.INPUT)
 
     def input_node(self, name: str, path: Path) -> fx.Node:
         """The node of the tensor at ``path`` in argument ``name``."""
-        return follow(self.graph, self._inputs[name], path, self._parts)
+        return follow(self.graph, self._inputs[name], path, self.arguments.parts)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -234,7 +229,7 @@ class Session(TorchFunctionMode):
             with self.pause():
                 return func(*args, **kwargs)
         raise TraceError(
-            f"the model assigns to {name} at {self._where()}; an assignment to an attribute of a tensor cannot be "
+            f"the model assigns to {name} at {self.ledger.here()}; an assignment to an attribute of a tensor cannot be "
             "recorded. Use an in-place operation such as copy_() instead"
         )
 
@@ -243,11 +238,11 @@ class Session(TorchFunctionMode):
             given = [t for _, t in leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             if any(internals.is_transformed(t) for t in given):
                 raise TraceError(
-                    f"the model uses a transform of torch.func (vmap, grad ...) at {self._where()}, inside which no "
-                    "tensor can be recorded; keep the module that does as one call: opaque=[its path]"
+                    f"the model uses a transform of torch.func (vmap, grad ...) at {self.ledger.here()}, inside which "
+                    "no tensor can be recorded; keep the module that does as one call: opaque=[its path]"
                 )
-            node_args = tuple(self._argument(a) for a in args)
-            node_kwargs = {k: self._argument(v) for k, v in kwargs.items()}
+            node_args = tuple(self.arguments.argument(a) for a in args)
+            node_kwargs = {k: self.arguments.argument(v) for k, v in kwargs.items()}
             node = self.graph.create_node(op, target, node_args, node_kwargs)
             depends = self._node_depends(node, func)
             versions = [version(t) for t in given]
@@ -269,7 +264,7 @@ class Session(TorchFunctionMode):
         grad: bool,
         made: bool,
     ) -> Any:
-        self._note(node, None, depends)  # what it returns is noted part by part below
+        self.ledger.note(node, None, depends)  # what it returns is noted part by part below
         self.ledger.changed_by(node, changed)
         inside = [leaf for _, leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
         if not inside:
@@ -278,15 +273,15 @@ class Session(TorchFunctionMode):
         out = _map_tensors(out, lambda t: internals.alias(t) if id(t) in untouched else t)
         for path, leaf in leaves(out):
             if isinstance(leaf, torch.Tensor):
-                part = follow(self.graph, node, path, self._parts)
+                part = follow(self.graph, node, path, self.arguments.parts)
                 differentiable = depends & (Depends.INPUT | Depends.PARAMETER) and leaf.is_floating_point()
                 if not grad and differentiable and not changed:  # made under no_grad: no gradient may pass here
                     part = self.graph.call_method("detach", (part,))
                 same = any(leaf is t for t in changed)
                 dims = self.ledger.data_dims(leaf) if same else self.ledger.data_dims_of_result(given, made, leaf)
-                self._note(part, leaf, depends, dims)
+                self.ledger.note(part, leaf, depends, dims)
         if node.op == "call_module" and not isinstance(out, torch.Tensor):
-            self._objects[id(out)] = (out, node, [id(t) for t in inside])
+            self.arguments.remember(out, node, inside)
         return out
 
     def _without_tensors(self, node: fx.Node, out: Any, given: list[torch.Tensor], changed: list[torch.Tensor]) -> Any:
@@ -294,7 +289,7 @@ class Session(TorchFunctionMode):
             self._data_read(f"module {node.target}, which returns {type(out).__name__},", tuple(given), {})
         if changed or node.op == "call_module":
             if children(out):
-                self._objects[id(out)] = (out, node, [])
+                self.arguments.remember(out, node, [])
             return out
         if out is not None and given and not _is_assertion(node):
             self._data_read(str(node.target), tuple(given), {})
@@ -308,7 +303,7 @@ class Session(TorchFunctionMode):
         if self.tolerant and not depends & (Depends.INPUT | Depends.PARAMETER):
             return
         if depends & (Depends.INPUT | Depends.PARAMETER | Depends.RANDOM):
-            path = self._stack[-1][0]
+            path = self.ledger.stack[-1][0]
             source = "an input" if depends & Depends.INPUT else "a parameter"
             if not depends & (Depends.INPUT | Depends.PARAMETER):
                 source = "random numbers"
@@ -318,7 +313,7 @@ class Session(TorchFunctionMode):
             if not path and method is None:
                 advice = ", or move it into a submodule and pass opaque"
             self._offence = DataRead(
-                f"the model reads data by {what} at {self._where()}, from a tensor that depends on {source}: what "
+                f"the model reads data by {what} at {self.ledger.here()}, from a tensor that depends on {source}: what "
                 "Python does with the value would be fixed in the graph. Rewrite the place with tensor operations "
                 "(torch.where, masks)" + advice,
                 path,
@@ -326,7 +321,7 @@ class Session(TorchFunctionMode):
             )
             raise self._offence
         if depends & Depends.BUFFER:
-            self.buffer_reads.append(f"{what} at {self._where()}")
+            self.buffer_reads.append(f"{what} at {self.ledger.here()}")
 
     # ------------------------------------------------------------------------------------------------- module calls
     def _on_module(
@@ -338,11 +333,11 @@ class Session(TorchFunctionMode):
         registered = all(id(p) in self.ledger.names for p in module._parameters.values() if p is not None)
         if path in self.opaque or (registered and is_leaf(module)):  # functional_call puts other parameters in
             return self._record("call_module", path, args, kwargs, lambda: original(module, *args, **kwargs))
-        self._stack.append((path, module))
+        self.ledger.stack.append((path, module))
         try:
             return original(module, *args, **kwargs)
         finally:
-            self._stack.pop()
+            self.ledger.stack.pop()
 
     def _on_method(self, path: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._ignoring():
@@ -358,8 +353,8 @@ class Session(TorchFunctionMode):
         python = internals.source_of_script_function(function)
         if python is None:
             raise TraceError(
-                f"the model calls a function compiled by torch.jit at {self._where()}, and its Python source is not "
-                "known; nothing inside it can be recorded. Call the plain Python function instead"
+                f"the model calls a function compiled by torch.jit at {self.ledger.here()}, and its Python source is "
+                "not known; nothing inside it can be recorded. Call the plain Python function instead"
             )
         return python(*args, **kwargs)
 
@@ -378,87 +373,7 @@ class Session(TorchFunctionMode):
         self.attributes.setdefault(path, AutogradCall(function))
         return self._record("call_module", path, args, kwargs, lambda: original(*args, **kwargs))
 
-    # ------------------------------------------------------------------------------------------------- arguments
-    def _argument(self, value: Any) -> Any:
-        known = self._objects.get(id(value))
-        if known is not None and type(value) not in (tuple, list, dict):
-            tensors = [id(t) for _, t in leaves(value) if isinstance(t, torch.Tensor)]
-            if tensors == known[2]:
-                return known[1]
-        if type(value) is torch.Tensor or isinstance(value, torch.Tensor):
-            return self._tensor_node(value)
-        if type(value) in (int, float, bool, str, type(None)):
-            return value
-        if isinstance(value, np.generic):  # float64 is a float, and is written as np.float64(...)
-            return value.item()
-        return to_argument(value, self._tensor_node, self._object_node, self.graph, self._argument)
-
-    def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
-        node = self.ledger.node_of(tensor)
-        if node is not None:
-            return node
-        name = self.ledger.names.get(id(tensor))
-        depends = Depends.NOTHING
-        if name is None:
-            name = self._constant_name(tensor)
-        else:
-            if name in internals.non_persistent_buffers(self.model):
-                name = self._below_constants(name, tensor)
-            depends = Depends.PARAMETER if isinstance(tensor, nn.Parameter) else Depends.BUFFER
-        node = self._get_attr(name)
-        self._note(node, tensor, depends)
-        return node
-
-    def _constant_name(self, tensor: torch.Tensor) -> str:
-        """A name for a tensor that no operation of this run has made and that is no parameter or buffer."""
-        if isinstance(tensor, nn.Parameter):
-            warnings.warn(
-                f"a Parameter used at {self._where()} is not registered with the model (it may be in a Python list); "
-                "it is a constant of the graph and will not be trained",
-                TraceWarning,
-                stacklevel=2,
-            )
-        self.ledger.keep(tensor)
-        for path, module in self.model.named_modules():
-            for key, value in vars(module).items():
-                if value is tensor:
-                    return f"{path}.{key}" if path else self._below_constants(key, tensor)
-        name = f"constants.c{len(self.attributes)}"
-        self.attributes[name] = tensor.detach()
-        return name
-
-    def _below_constants(self, name: str, tensor: torch.Tensor) -> str:
-        """A new name for a tensor of the model itself that is not in its ``state_dict``: copies of a ``GraphModule``
-        forget that of its own buffers, but not of those of its submodules."""
-        self.attributes[f"constants.{name}"] = tensor
-        return f"constants.{name}"
-
-    def _get_attr(self, name: str) -> fx.Node:
-        if name not in self._stored:
-            self._stored[name] = self.graph.create_node("get_attr", name)
-        return self._stored[name]
-
-    def _object_node(self, value: Any) -> Any:
-        """An argument that is no tensor, no plain value and no plain container."""
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, np.ndarray):
-            return self._tensor_node(torch.from_numpy(value.copy()))
-        if isinstance(value, enum.Enum):
-            return value
-        paths = [path for path, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
-        name = f"objects.o{len(self.attributes)}"
-        if not paths:
-            self.attributes[name] = value
-            return self._get_attr(name)
-        tensors = tuple(self._argument(leaf) for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor))
-        self.attributes[name] = Refill(value, paths)
-        return self.graph.call_module(name, tensors)
-
     # ------------------------------------------------------------------------------------------------- facts
-    def _note(self, node: fx.Node, value: Any, depends: Depends, data_dims: frozenset[int] = frozenset()) -> None:
-        self.ledger.note(node, value, depends, self._stack[-1][0], data_dims)
-
     def _node_depends(self, node: fx.Node, func: Any) -> Depends:
         depends = self.ledger.inputs_depend(node)
         if func is not None and functions.draws_random_numbers(func):
@@ -476,7 +391,7 @@ class Session(TorchFunctionMode):
 
     def _hint(self, node: fx.Node, func: Any, given: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
         if given and node.op == "call_function" and getattr(func, "__name__", "") in _HINTED:
-            path, module = self._stack[-1]
+            path, module = self.ledger.stack[-1]
             masks = [kwargs[k] for k in ("attn_mask", "key_padding_mask") if isinstance(kwargs.get(k), torch.Tensor)]
             mask = kwargs.get("attn_mask")
             self.hints[node] = Hint(
@@ -486,10 +401,6 @@ class Session(TorchFunctionMode):
                 path,
                 module.training,
             )
-
-    def _where(self) -> str:
-        file, line = internals.code_location()
-        return f"{file}:{line}, in module {self._stack[-1][0] or '(the model itself)'}"
 
 
 def _is_torch_module(module: nn.Module) -> bool:
