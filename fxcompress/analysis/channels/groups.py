@@ -1,0 +1,289 @@
+"""Channel groups: what pruning may remove, and everything that goes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+
+from fxcompress.analysis.aliasing import Aliasing, aliasing
+from fxcompress.analysis.channels.atoms import FIXED, Atoms, Ids
+from fxcompress.analysis.channels.labels import Labelled, Product
+from fxcompress.analysis.channels.running import LabelRunner
+from fxcompress.errors import UsageError
+
+__all__ = ["Binding", "ChannelGroups", "Frozen", "Group", "Member", "channel_groups"]
+
+_ATTENTION = ("heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Binding:
+    """One dimension of one parameter or buffer, and what each of its indices lives and dies with.
+
+    Attributes:
+        names: every path of the tensor.
+        tensor: the parameter or buffer.
+        dim: the dimension.
+        classes: for each index along it the class of its atom, of shape ``(size,)``.
+    """
+
+    names: tuple[str, ...]
+    tensor: torch.Tensor
+    dim: int
+    classes: Ids
+
+    @property
+    def label(self) -> str:
+        """'layer.weight[:, i]'."""
+        return f"{self.names[0]}[{'' if self.dim == 0 else ':, ' * self.dim}i]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """A binding as a group sees it: ``units[i]`` is the number of the group's channel that index ``i`` belongs to, or -1;
+    ``produces`` is whether the layer makes these channels (else it reads them, or goes along)."""
+
+    binding: Binding
+    units: Ids
+    produces: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Channels that the same layers make and read. Each of them may go by itself, with all that belongs to it.
+
+    Attributes:
+        name: path of the first layer that makes them.
+        classes: the class of each channel, in the order of the first layer; of shape ``(channels,)``.
+        members: the parameters that lose a slice with each channel.
+        exact: whether removing channels is the same as setting all that belongs to them to zero.
+    """
+
+    name: str
+    classes: Ids
+    members: tuple[Member, ...]
+    exact: bool
+
+    @property
+    def channels(self) -> int:
+        """How many can go one by one."""
+        return len(self.classes)
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Paths of the layers that make these channels."""
+        return tuple(dict.fromkeys(_owner(m.binding.names[0]) for m in self.members if m.produces))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Channels of one layer that may not go, and why."""
+
+    module: str
+    channels: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGroups:
+    """What :func:`channel_groups` found.
+
+    Attributes:
+        groups: everything that may go.
+        frozen: everything that layers make and that may not.
+        channels: how many channels all layers make.
+        bindings: every dimension of every parameter and buffer that has atoms.
+        found: the labels of each node's value, atoms being as they were numbered; :meth:`classes_of` translates.
+        products: the contractions of each node.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    channels: int
+    bindings: tuple[Binding, ...]
+    found: Mapping[fx.Node, Any]
+    products: Mapping[fx.Node, tuple[Product, ...]]
+    _roots: Ids
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest number of a class."""
+        return len(self._roots)
+
+    def classes_of(self, ids: Ids) -> Ids:
+        """The class of each atom."""
+        return self._roots[ids]
+
+    def sizes(self, x: Labelled, kept: np.ndarray) -> tuple[int, ...]:
+        """The shape of ``x`` when only classes with ``kept[class]`` stay."""
+        shape = list(x.shape)
+        for m in x.maps:
+            for dim in m.dims:
+                keep = self.along(m.ids, dim, kept)
+                if len(keep) > 1:
+                    shape[dim] = int(keep.sum())
+        return tuple(shape)
+
+    def along(self, ids: Ids, dim: int, kept: np.ndarray) -> np.ndarray:
+        """Which indices along ``dim`` of a map stay."""
+        other = tuple(d for d in range(ids.ndim) if d != dim)
+        stays: np.ndarray = kept[self._roots[ids]].any(axis=other)
+        return stays
+
+    def __str__(self) -> str:
+        rows = [[g.name, g.channels, _list(g.producers), _list(_readers(g)), "yes" if g.exact else "no"] for g in self.groups]
+        table = tabulate(rows, headers=["group", "channels", "made by", "goes with", "exact"])
+        if not self.frozen:
+            return table
+        frozen = tabulate([[f.module, f.channels, f.reason] for f in self.frozen], headers=["frozen", "channels", "why"])
+        return f"{table}\n\n{frozen}"
+
+
+def _readers(group: Group) -> list[str]:
+    return [m.binding.label for m in group.members if not m.produces]
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def channel_groups(
+    gm: fx.GraphModule, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None, *, attention: str = "heads"
+) -> ChannelGroups:
+    """Find which channels of ``gm`` hang together, by running it on labels.
+
+    Every index of every dimension of a parameter is an atom; one run of the graph unites the atoms that can only go
+    together. What moves elements about runs on numbered positions, so that PyTorch itself says where they go; what is
+    not known freezes what it touches.
+
+    Args:
+        gm: the graph; it stays as it is.
+        example_inputs: positional arguments, a tuple (or one tensor).
+        example_kwargs: keyword arguments.
+        attention: ``"heads"`` if whole heads are to go, ``"head_dim"`` if the same part of every head.
+
+    Raises:
+        UsageError: the inputs do not fit, or ``attention`` is neither.
+    """
+    if attention not in _ATTENTION:
+        raise UsageError(f"attention must be one of {', '.join(_ATTENTION)}, got {attention!r}")
+    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs or ())
+    runner = LabelRunner(gm, heads=attention == "heads")
+    runner.observe(args, example_kwargs or {})
+    runner.labels.settle()
+    return _Builder(gm, runner).build()
+
+
+class _Builder:
+    """From a run on labels to groups."""
+
+    def __init__(self, gm: fx.GraphModule, runner: LabelRunner) -> None:
+        self.gm, self.runner, self.atoms = gm, runner, runner.labels.atoms
+        self.aliasing: Aliasing = aliasing(gm)
+
+    def build(self) -> ChannelGroups:
+        ids = [
+            (bound.tensor, next(iter(m.dims)), m.ids.reshape(-1))
+            for bound in self.runner.bound.values()
+            for m in bound.labelled.maps
+        ]
+        self._freeze_whole_dimensions(ids)
+        roots, reasons, exact = self.atoms.summary()
+        bindings = tuple(
+            Binding(names, tensor, dim, roots[v]) for tensor, dim, v in ids if (names := self.aliasing.names(tensor))
+        )
+        made = self._made(roots)
+        groups = tuple(self._groups(bindings, made, reasons, exact))
+        return ChannelGroups(
+            groups=groups,
+            frozen=tuple(self._frozen(reasons)),
+            channels=sum(len(v) for vectors in self.runner.produced.values() for v in vectors),
+            bindings=bindings,
+            found=self.runner.found,
+            products=self.runner.products,
+            _roots=roots,
+        )
+
+    def _freeze_whole_dimensions(self, ids: Sequence[tuple[torch.Tensor, int, Ids]]) -> None:
+        for tensor, dim, v in ids:
+            roots = self.atoms.find(v)
+            if (roots == roots[0]).all():
+                names = self.aliasing.names(tensor)
+                self.atoms.freeze(v[:1], f"all of dimension {dim} of {names[0] if names else 'a tensor'} goes together")
+
+    def _made(self, roots: Ids) -> np.ndarray:
+        """Of each class, whether it has a channel that a layer makes."""
+        made = np.zeros(len(roots), dtype=np.bool_)
+        for vectors in self.runner.produced.values():
+            for v in vectors:
+                made[roots[v]] = True
+        made[FIXED] = False
+        return made
+
+    def _groups(
+        self, bindings: Sequence[Binding], made: np.ndarray, reasons: Ids, exact: np.ndarray
+    ) -> Iterator[Group]:
+        free = made & (reasons < 0)
+        # The signature of a class is the set of bindings that it is in: a sum of random numbers, one a binding.
+        numbers = np.random.default_rng(0).integers(1, 2**62, size=len(bindings), dtype=np.int64)
+        signature = np.zeros(len(made), dtype=np.int64)
+        first = np.full(len(made), -1)
+        places: dict[int, list[int]] = {}
+        with np.errstate(over="ignore"):
+            for i, binding in enumerate(bindings):
+                classes = np.unique(binding.classes)
+                signature[classes] += numbers[i]
+                new = classes[first[classes] < 0]
+                first[new] = i
+        order = np.flatnonzero(free & (signature != 0))
+        for i, binding in enumerate(bindings):
+            for s in np.unique(signature[binding.classes[free[binding.classes]]]):
+                places.setdefault(int(s), []).append(i)
+        produced = dict(self._weights())
+        for s in sorted(np.unique(signature[order]), key=lambda s: places[int(s)][0]):
+            classes = order[signature[order] == s]
+            members = [bindings[i] for i in places[int(s)]]
+            yield self._group(classes, members, produced, bool(exact[classes].all()), len(made))
+
+    def _group(
+        self, classes: Ids, bindings: Sequence[Binding], produced: Mapping[int, int], exact: bool, count: int
+    ) -> Group:
+        lead = next((b for b in bindings if _produces(b, produced)), bindings[0])
+        inside = np.isin(lead.classes, classes)
+        _, index = np.unique(lead.classes[inside], return_index=True)
+        ordered = lead.classes[inside][np.sort(index)]
+        number = np.full(count, -1)
+        number[ordered] = np.arange(len(ordered))
+        members = tuple(Member(b, number[b.classes], _produces(b, produced)) for b in bindings)
+        return Group(_owner(lead.names[0]), ordered, members, exact)
+
+    def _weights(self) -> Iterator[tuple[int, int]]:
+        """Weights, by identity, and the dimension along which their channels are made."""
+        for module in self.gm.modules():
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                yield id(module.weight), 1 if getattr(module, "transposed", False) else 0
+            elif isinstance(module, nn.Embedding):
+                yield id(module.weight), 1
+
+    def _frozen(self, reasons: Ids) -> Iterator[Frozen]:
+        for node, vectors in self.runner.produced.items():
+            for v in vectors:
+                why = np.where(v == FIXED, -2, reasons[v])
+                for reason in np.unique(why[why != -1]):
+                    text = "made without a parameter" if reason == -2 else self.atoms.reasons[reason]
+                    name = str(node.target) if node.op == "call_module" else node.name
+                    yield Frozen(name, int((why == reason).sum()), text)
+
+
+def _produces(binding: Binding, weights: Mapping[int, int]) -> bool:
+    return weights.get(id(binding.tensor)) == binding.dim

@@ -1,0 +1,138 @@
+"""Remove channels, and everything that goes with them, from the whole graph (guarantee RETRAIN).
+
+Which parameters hang together is found by :func:`fxcompress.analysis.channels.channel_groups`; this pass scores the
+channels of each group, chooses which go, and slices. Structured pruning with coupled parameters follows DepGraph (Fang
+et al. 2023, arXiv 2301.12900); the ranking within groups of one structure follows Isomorphic Pruning (Fang et al. 2024,
+arXiv 2407.04616).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from fxcompress.analysis.channels import ChannelGroups, Group, channel_groups
+from fxcompress.analysis.cost import cost
+from fxcompress.errors import UsageError
+from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
+from fxcompress.passes.pruning.budget import Budget
+from fxcompress.passes.pruning.importance import IMPORTANCES, Importance
+from fxcompress.passes.pruning.selection import Candidate, Selection, reach
+from fxcompress.passes.pruning.surgery import Surgery
+
+__all__ = ["PruneChannels"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneChannels(Pass):
+    """Remove the least important channels.
+
+    Args:
+        ratio: the fraction to remove, in [0, 1): of the channels of each group, or of what ``measure`` says.
+        measure: ``"channels"``, or the whole model's ``"params"`` or ``"macs"``, met within 1%.
+        scope: what is ranked together: each group by itself (``"local"``), all groups (``"global"``), or all groups of
+            the same structure (``"isomorphic"``).
+        importance: an :class:`~fxcompress.passes.pruning.importance.Importance` or the name of one.
+        round_to: the number of channels left is a multiple of this, where a group has that many.
+        min_channels: as many stay in every group.
+        exclude: glob patterns of paths of layers that keep their channels.
+        only: glob patterns of paths of layers; others keep theirs.
+        per_layer: glob pattern -> ratio, for groups that one of these layers makes.
+        attention: remove whole ``"heads"``, or part of each (``"head_dim"``).
+    """
+
+    name: ClassVar[str] = "prune-channels"
+    guarantee: ClassVar[Guarantee] = Guarantee.RETRAIN
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+
+    ratio: float = 0.5
+    measure: Literal["channels", "params", "macs"] = "channels"
+    scope: Literal["local", "global", "isomorphic"] = "local"
+    importance: str | Importance = "l2"
+    round_to: int = 1
+    min_channels: int = 1
+    exclude: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    per_layer: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    attention: Literal["heads", "head_dim"] = "heads"
+
+    def __post_init__(self) -> None:
+        for ratio in (self.ratio, *self.per_layer.values()):
+            if not 0 <= ratio < 1:
+                raise UsageError(f"a ratio is the fraction to remove, at least 0 and below 1, got {ratio}")
+        for option, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
+            if value < 1:
+                raise UsageError(f"{option} must be at least 1, got {value}")
+        if isinstance(self.importance, str) and self.importance not in IMPORTANCES:
+            near = difflib.get_close_matches(self.importance, IMPORTANCES, n=1, cutoff=0.0)[0]
+            raise UsageError(
+                f"there is no importance {self.importance!r}; did you mean {near!r}? There are {', '.join(IMPORTANCES)}"
+            )
+
+    def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
+        """See :meth:`Pass.sites`: one site for each node that has to change."""
+        assert context.example is not None, "declared in needs"
+        args, kwargs = tuple(context.example.args), dict(context.example.kwargs)
+        groups = channel_groups(context.gm, args, kwargs, attention=self.attention)
+        selection = Selection([self._candidate(g) for g in self._chosen(context, groups)])
+        kept = np.ones(groups.classes, dtype=np.bool_)
+        kept[selection.removed(self._counts(context, groups, selection))] = False
+        surgery = Surgery(context.gm, groups, kept)
+        for node in surgery.nodes():
+            yield Site(node, surgery)
+
+    def rewrite(self, site: Site) -> Mapping[str, Any] | None:
+        """See :meth:`Pass.rewrite`."""
+        surgery: Surgery = site.data
+        return surgery.operate(site.node)
+
+    # ------------------------------------------------------------------------------------------------- choices
+    def _chosen(self, context: PassContext, groups: ChannelGroups) -> list[Group]:
+        paths = [path for path, _ in context.gm.named_modules() if path]
+        for pattern in (*self.exclude, *self.only, *self.per_layer):
+            if not fnmatch.filter(paths, pattern):
+                near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+                raise UsageError(f"no module path matches {pattern!r}; near it: {', '.join(near)}")
+        return [
+            g for g in groups.groups
+            if not _matches(g, self.exclude) and (not self.only or _matches(g, self.only))
+        ]  # fmt: skip
+
+    def _candidate(self, group: Group) -> Candidate:
+        importance = IMPORTANCES[self.importance]() if isinstance(self.importance, str) else self.importance
+        scores = importance.scores(group).numpy()
+        order = np.argsort(scores, kind="stable")
+        fixed = next((r for pattern, r in self.per_layer.items() if _matches(group, [pattern])), None)
+        width = max(int((m.units >= 0).sum()) // group.channels for m in group.members if m.produces)
+        step = self.round_to // np.gcd(self.round_to, max(width, 1))
+        return Candidate(group, order, scores[order], self._cluster(group), fixed, self.min_channels, int(step))
+
+    def _cluster(self, group: Group) -> str:
+        if self.scope == "global":
+            return ""
+        if self.scope == "local":
+            return group.name
+        return str(sorted((m.binding.tensor.dim(), m.binding.dim, m.produces) for m in group.members))
+
+    def _counts(self, context: PassContext, groups: ChannelGroups, selection: Selection) -> list[int]:
+        if self.measure == "channels":
+            return selection.counts(self.ratio)
+        assert context.example is not None
+        budget = Budget(groups, cost(context.gm, context.example.args, context.example.kwargs))
+        size = budget.parameters if self.measure == "params" else budget.macs
+
+        def of(counts: Any) -> int:
+            kept = np.ones(groups.classes, dtype=np.bool_)
+            kept[selection.removed(counts)] = False
+            return size(kept)
+
+        return reach(selection, self.ratio, of, "parameters" if self.measure == "params" else "MACs")
+
+
+def _matches(group: Group, patterns: Any) -> bool:
+    return any(fnmatch.fnmatch(path, pattern) for path in group.producers for pattern in patterns)

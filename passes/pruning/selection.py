@@ -1,0 +1,103 @@
+"""Which channels go: from scores and a target to what stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fxcompress.analysis.channels import Group
+from fxcompress.errors import PreconditionError
+
+__all__ = ["Candidate", "Selection", "reach"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
+    """A group that may lose channels.
+
+    Attributes:
+        group: the group.
+        order: its channels, the least important first.
+        scores: their scores in this order; comparable among the candidates of one ``cluster``.
+        cluster: candidates of one cluster are ranked together.
+        ratio: the fraction to remove if it is not to be chosen.
+        least: how many channels must stay.
+        step: as many channels as are left must be a multiple of this, where there are that many.
+    """
+
+    group: Group
+    order: np.ndarray
+    scores: np.ndarray
+    cluster: str
+    ratio: float | None
+    least: int
+    step: int
+
+    def allowed(self, removed: int) -> int:
+        """The largest number up to ``removed`` (rounded up to the next step if that is nearer) that may go."""
+        channels = self.group.channels
+        left = channels - removed
+        if self.step > 1 and channels > self.step:
+            left = max(self.step, int(left / self.step + 0.5) * self.step)
+        return channels - min(channels, max(left, self.least))
+
+
+class Selection:
+    """How many channels each candidate loses at a strength between 0 and 1."""
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self.candidates = candidates
+        self._clusters: dict[str, np.ndarray] = {}
+        for cluster in {c.cluster for c in candidates}:
+            inside = [c.scores for c in candidates if c.cluster == cluster and c.ratio is None]
+            self._clusters[cluster] = np.sort(np.concatenate(inside)) if inside else np.zeros(0)
+
+    def counts(self, strength: float) -> list[int]:
+        """Channels that each candidate loses: the fraction ``strength`` of each cluster, its least important."""
+        return [c.allowed(self._count(c, strength)) for c in self.candidates]
+
+    def _count(self, c: Candidate, strength: float) -> int:
+        if c.ratio is not None:
+            return int(c.ratio * c.group.channels)
+        ranked = self._clusters[c.cluster]
+        number = int(strength * len(ranked) + 1e-9)
+        if number == 0:
+            return 0
+        return int(np.searchsorted(c.scores, ranked[number - 1], side="right")) if len(ranked) > len(c.scores) else number
+
+    def removed(self, counts: Sequence[int]) -> np.ndarray:
+        """The classes that go."""
+        found = [c.group.classes[c.order[:n]] for c, n in zip(self.candidates, counts, strict=True)]
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+
+def reach(selection: Selection, target: float, size: Callable[[Sequence[int]], int], what: str) -> list[int]:
+    """The fewest channels with which ``size`` falls by the fraction ``target``.
+
+    Bisects over the strength, then goes from the last strength that is too weak to the first that is not one channel
+    (or step of channels) at a time.
+
+    Raises:
+        PreconditionError: it cannot be reached; the message says what can.
+    """
+    whole = size([0] * len(selection.candidates))
+    wanted = (1 - target) * whole
+    strongest = size(selection.counts(1.0))
+    if strongest > wanted:
+        raise PreconditionError(
+            f"{target:.0%} of the {what} cannot be removed: without all channels that may go, {1 - strongest / whole:.1%} "
+            "are gone. Lower `ratio` or `min_channels`, or exclude less"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if size(selection.counts(middle)) <= wanted else (middle, high)
+    counts, enough = selection.counts(low), selection.counts(high)
+    for i, (c, n) in enumerate(zip(selection.candidates, enough, strict=True)):
+        while counts[i] < n:
+            counts[i] = next(k for k in (c.allowed(r) for r in range(counts[i] + 1, n + 1)) if k > counts[i])
+            if size(counts) <= wanted:
+                return counts
+    return enough
