@@ -145,8 +145,12 @@ def _first_run(work: nn.Module, inputs: Inputs) -> tuple[Any, float]:
         once = without_state_of_runs(work)
         before = _plain_state(once)
         start = time.perf_counter()
-        output = run(once, args, kwargs)
+        resized: dict[str, torch.Tensor] = {}
+        output = run(once, args, kwargs, resized=resized)
         seconds = time.perf_counter() - start
+        for path, buffer in resized.items():  # a cache that the first run fills: the graph begins after that
+            owner, _, name = path.rpartition(".")
+            work.get_submodule(owner)._buffers[name] = buffer
         if _plain_state(once) != before:
             _check_stateless(work, output, run(once, *inputs.changed({}).call()))
         if any(isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) for m in work.modules()):

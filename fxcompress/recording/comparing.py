@@ -25,17 +25,30 @@ _EPS_FACTOR = 8
 deterministic; attention written out adds in another order inside one kernel. 8 eps is 9.5e-7 in float32."""
 
 
-def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, fused: bool = False) -> Any:
+def run(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    fused: bool = False,
+    resized: dict[str, torch.Tensor] | None = None,
+) -> Any:
     """What ``module`` returns, without gradients, from a fixed seed, and leaving its buffers as they were.
 
     ``nn.MultiheadAttention`` and ``nn.TransformerEncoder`` do what they do while training, unless ``fused``: in eval
     mode without gradients torch would use kernels that round otherwise, which no graph that can be trained has.
+    Buffers to which the run gives another shape are put into ``resized``, by path.
     """
     call = module.forward if isinstance(module, fx.GraphModule) else module  # calling one prints when it fails
     plain = contextlib.nullcontext() if fused else internals.without_fused_encoder()
     with plain, torch.no_grad(), undisturbed(module, (tuple(args), dict(kwargs))):
         torch.manual_seed(SEED)
-        return call(*args, **kwargs)
+        before = {path: tuple(b.shape) for path, b in module.named_buffers()}
+        output = call(*args, **kwargs)
+        if resized is not None:
+            after = dict(module.named_buffers())
+            resized |= {p: after[p] for p, shape in before.items() if p in after and tuple(after[p].shape) != shape}
+        return output
 
 
 def without_state_of_runs(work: nn.Module) -> nn.Module:

@@ -65,7 +65,9 @@ class Selection:
         number = int(strength * len(ranked) + 1e-9)
         if number == 0:
             return 0
-        return int(np.searchsorted(c.scores, ranked[number - 1], side="right")) if len(ranked) > len(c.scores) else number
+        return (
+            int(np.searchsorted(c.scores, ranked[number - 1], side="right")) if len(ranked) > len(c.scores) else number
+        )
 
     def removed(self, counts: Sequence[int]) -> np.ndarray:
         """The classes that go."""

@@ -439,9 +439,7 @@ def _groups_argument(position: int, name: str, channels: int) -> Callable[[Surge
 _CALLS: dict[str, Callable[[Surgery, fx.Node], _Call]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _view),
     "unflatten": _unflatten_call,
-    **dict.fromkeys(
-        ("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split", "unsafe_chunk"), _split
-    ),
+    **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split", "unsafe_chunk"), _split),
     "getitem": _getitem,
     "setitem": _getitem,
     "narrow": _narrow,

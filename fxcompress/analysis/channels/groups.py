@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxcompress.analysis.aliasing import Aliasing, aliasing
-from fxcompress.analysis.channels.atoms import FIXED, Atoms, Ids
+from fxcompress.analysis.channels.atoms import FIXED, Ids
 from fxcompress.analysis.channels.labels import Labelled, Product
 from fxcompress.analysis.channels.running import LabelRunner
 from fxcompress.errors import UsageError
@@ -137,11 +137,16 @@ class ChannelGroups:
         return stays
 
     def __str__(self) -> str:
-        rows = [[g.name, g.channels, _list(g.producers), _list(_readers(g)), "yes" if g.exact else "no"] for g in self.groups]
+        rows = [
+            [g.name, g.channels, _list(g.producers), _list(_readers(g)), "yes" if g.exact else "no"]
+            for g in self.groups
+        ]
         table = tabulate(rows, headers=["group", "channels", "made by", "goes with", "exact"])
         if not self.frozen:
             return table
-        frozen = tabulate([[f.module, f.channels, f.reason] for f in self.frozen], headers=["frozen", "channels", "why"])
+        frozen = tabulate(
+            [[f.module, f.channels, f.reason] for f in self.frozen], headers=["frozen", "channels", "why"]
+        )
         return f"{table}\n\n{frozen}"
 
 
@@ -158,7 +163,11 @@ def _owner(name: str) -> str:
 
 
 def channel_groups(
-    gm: fx.GraphModule, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None, *, attention: str = "heads"
+    gm: fx.GraphModule,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    attention: str = "heads",
 ) -> ChannelGroups:
     """Find which channels of ``gm`` hang together, by running it on labels.
 

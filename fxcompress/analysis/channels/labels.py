@@ -273,6 +273,8 @@ class Labels:
         for m in x.maps:
             for y in operands:
                 met = [n for n in y.maps if n.dims & m.dims]
+                if len(m.dims) < 2:
+                    break
                 if len(met) > 1:
                     m = self.keep_one(m, min(m.dims) if self.heads else max(m.dims))
                 elif len(m.dims) == 2 and met and met[0].dims == {max(m.dims) if self.heads else min(m.dims)}:
@@ -370,7 +372,11 @@ class Labels:
             shared = {d for d in m.dims if any(names[d] in other for j, other in enumerate(letters) if j != index)}
             batch = {d for d in shared if names[d] in out}
             if len(m.dims) > 1 and batch and m.dims - batch:
-                possible = all(self._labelled(y, other, names[d]) for d in batch for y, other in zip(operands, letters, strict=True))
+                possible = all(
+                    self._labelled(y, other, names[d])
+                    for d in batch
+                    for y, other in zip(operands, letters, strict=True)
+                )
                 m = self._tied(m, m.dims - batch if self.heads and possible else batch)
             maps.append(self.keep_one(m, next(iter(sorted(shared & m.dims)), None)))
         return dataclasses.replace(x, maps=tuple(maps))

@@ -67,8 +67,10 @@ def _convolve(call: Call, transposed: bool, groups: int) -> Any:
         atoms.tie(leaving, 0)
         atoms.unite(entering[0], leaving[0] if transposed else second, why)
         out, factors = np.tile(second, groups) if transposed else first, (first, second)
-    for axis in range(2, rank):
-        if (m := x.about(axis)) is not None:
+    # A kernel of size 1 that steps by 1 takes each place in space by itself.
+    alone = not transposed and set(weight.shape[2:]) == {1} and tuple(call.out.shape[dim + 1 :]) == x.shape[dim + 1 :]
+    for axis in range(dim + 1, rank):
+        if (m := x.about(axis)) is not None and not (alone and m.dims == {axis}):
             atoms.freeze(m.ids.ravel(), f"a place in space for {labels.place}")
     if not (x.zero or weight.zero):
         atoms.mark_inexact(entering.ravel())
@@ -76,7 +78,7 @@ def _convolve(call: Call, transposed: bool, groups: int) -> Any:
     result_shape = call.out.shape
     counted = x.shape if transposed else result_shape
     labels.products.append(Product(math.prod(counted) * math.prod(weight.shape[1:]), factors))
-    maps = tuple(m for m in x.maps if max(m.dims) < dim)
+    maps = tuple(m for m in x.maps if max(m.dims) < dim or (alone and len(m.dims) == 1 and min(m.dims) > dim))
     found = Labelled(tuple(result_shape), (*maps, labels.along(out, dim, rank)), why)
     return _with_bias(call, found, weight, bias, dim)
 

@@ -77,7 +77,9 @@ class LabelRunner(GraphRunner):
         if id(tensor) not in self.bound:
             shape = tuple(tensor.shape)
             maps = tuple(
-                self.labels.along(self.labels.atoms.new(size), d, len(shape)) for d, size in enumerate(shape) if size > 1 and tensor.is_floating_point()
+                self.labels.along(self.labels.atoms.new(size), d, len(shape))
+                for d, size in enumerate(shape)
+                if size > 1 and tensor.is_floating_point()
             )
             labelled = Labelled(shape, maps, self.labels.place, tensor.is_floating_point())
             self.bound[id(tensor)] = Bound(tensor, labelled)
