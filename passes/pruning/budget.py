@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import nn
 
@@ -59,11 +61,11 @@ class Budget:
                 vectors.setdefault(id(binding.tensor), []).append(binding.classes)
                 tensors[id(binding.tensor)] = binding.tensor
         for key, found in vectors.items():
-            self._parameters.add(tensors[key].numel() / np.prod([float(len(v)) for v in found]), found)
+            self._parameters.add(tensors[key].numel() / math.prod(len(v) for v in found), found)
         for products in groups.products.values():
             for product in products:
                 classes = [groups.classes_of(v) for v in product.vectors]
-                self._macs.add(product.macs / np.prod([float(len(v)) for v in classes]), classes)
+                self._macs.add(product.macs / math.prod(len(v) for v in classes), classes)
         self._parameters.freeze()
         self._macs.freeze()
         everything = np.ones(groups.classes, dtype=np.bool_)

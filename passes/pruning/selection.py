@@ -89,8 +89,8 @@ def reach(selection: Selection, target: float, size: Callable[[Sequence[int]], i
     strongest = size(selection.counts(1.0))
     if strongest > wanted:
         raise PreconditionError(
-            f"{target:.0%} of the {what} cannot be removed: without all channels that may go, {1 - strongest / whole:.1%} "
-            "are gone. Lower `ratio` or `min_channels`, or exclude less"
+            f"{target:.0%} of the {what} cannot be removed: without all channels that may go, "
+            f"{1 - strongest / whole:.1%} are gone. Lower `ratio` or `min_channels`, or exclude less"
         )
     low, high = 0.0, 1.0
     for _ in range(40):

@@ -1,11 +1,9 @@
-"""Removing channels from a graph: slices of parameters, attributes of layers, sizes among the arguments of calls."""
+"""Removing channels from a graph: slices of parameters; attributes and arguments by the rules of ``sizes.py``."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -15,8 +13,8 @@ from torch import fx, nn
 
 from fxcompress.analysis.channels import Binding, ChannelGroups, Labelled
 from fxcompress.editing import get_attribute
-from fxcompress.matching import name_of_call
-from fxcompress.modules import ScaledDotProductAttention
+from fxcompress.matching import argument, name_of_call
+from fxcompress.passes.pruning.sizes import Call, Scaled, first_input, layer_attributes, resized_call
 
 __all__ = ["Surgery"]
 
@@ -93,7 +91,8 @@ class Surgery:
             else:
                 setattr(owner, leaf, new)
 
-    def _new_shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
+    def new_shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """The shape of a parameter or buffer afterwards."""
         shape = list(tensor.shape)
         for binding in self._bindings.get(id(tensor), ()):
             shape[binding.dim] = int(self.kept[binding.classes].sum())
@@ -105,37 +104,27 @@ class Surgery:
         if node.op != "call_module":
             return {}
         module = self.gm.get_submodule(str(node.target))
-        for kinds, rule in _LAYERS:
-            if isinstance(module, kinds):
-                new = rule(self, node, module)
-                return {k: v for k, v in new.items() if getattr(module, k) != v}
-        return {}
+        new = layer_attributes(self, node, module)
+        return {k: v for k, v in new.items() if getattr(module, k) != v}
 
     def input_sizes(self, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape of the first argument of ``node``, before and after."""
-        x = self.groups.found[node.args[0] if node.args else next(iter(node.kwargs.values()))]  # type: ignore[index]
+        x = self.groups.found[first_input(node)]
         return x.shape, self.groups.sizes(x, self.kept)
 
     # ------------------------------------------------------------------------------------------------- arguments
-    def _arguments(self, node: fx.Node) -> _Call | None:
+    def _arguments(self, node: fx.Node) -> Call | None:
         """The call with the sizes that it needs afterwards, or ``None`` if it stays as it is."""
-        if node.op == "call_module":
-            if not isinstance(self.gm.get_submodule(str(node.target)), ScaledDotProductAttention):
-                return None
-            rule: Any = _attention
-        else:
-            rule = _CALLS.get(name_of_call(node).rstrip("_")) if node.op in ("call_function", "call_method") else None
-        if rule is None:
+        call = resized_call(self, node)
+        if call is None or (call.target, call.args, call.kwargs) == (node.target, node.args, dict(node.kwargs)):
             return None
-        call: _Call = rule(self, node)
-        same = call.target == node.target and call.args == node.args and call.kwargs == dict(node.kwargs)
-        return None if same else call
+        return call
 
     def _as_nodes(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """``args`` with nodes made for the numbers that still have to be worked out."""
 
         def make(value: Any) -> Any:
-            if not isinstance(value, _Scaled):
+            if not isinstance(value, Scaled):
                 return value
             with node.graph.inserting_before(node):
                 product = node.graph.call_function(operator.mul, (value.node, value.by.numerator))
@@ -147,7 +136,7 @@ class Surgery:
         """``given``, a number or a node, so that it is ``size``."""
         if isinstance(given, fx.Node):
             now = self._numbers.of(given)
-            return given if now == size or not now else _Scaled(given, Fraction(size, now))
+            return given if now == size or not now else Scaled(given, Fraction(size, now))
         return given if given == -1 else size
 
     def out(self, node: fx.Node) -> Any:
@@ -165,21 +154,6 @@ class Surgery:
             return np.ones(x.shape[dim], dtype=np.bool_)
         along = self.groups.along(m.ids, dim, self.kept)
         return along if len(along) == x.shape[dim] else np.ones(x.shape[dim], dtype=np.bool_)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scaled:
-    """A node whose value is to be multiplied."""
-
-    node: fx.Node
-    by: Fraction
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 class _Numbers:
@@ -201,15 +175,14 @@ class _Numbers:
             return torch.Size(self.surgery.new_sizes(found))
         if not isinstance(found, (int, torch.Size)) or isinstance(found, bool) or node.op == "placeholder":
             return found
-        name = name_of_call(node)
-        args = fx.node.map_arg(node.args, self.of)
-        if name == "size":
-            dim = args[1] if len(args) > 1 else node.kwargs.get("dim")
+        args: tuple[Any, ...] = tuple(fx.node.map_arg(a, self.of) for a in node.args)
+        if name_of_call(node) == "size":
+            dim = argument(node, 1, "dim")
             return args[0] if dim is None else args[0][dim]
         if node.target is getattr:
             return args[0] if args[1] == "shape" else found
-        if node.op == "call_function" and not any(isinstance(a, torch.Size) for a in args[1:]):
-            return node.target(*args, **node.kwargs)  # type: ignore[operator]
+        if callable(node.target) and not any(isinstance(a, torch.Size) for a in args[1:]):
+            return node.target(*args, **node.kwargs)
         return found
 
 
@@ -231,222 +204,3 @@ def _sizes(module: nn.Module, new: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-# ------------------------------------------------------------------------------------------------- layers
-def _convolution(surgery: Surgery, node: fx.Node, m: Any) -> dict[str, Any]:
-    """Weights are (out, in / groups, ...), transposed (in, out / groups, ...)."""
-    new = surgery._new_shape(m.weight)
-    first, groups = (m.in_channels if m.transposed else m.out_channels), m.groups
-    if groups > 1:  # either whole groups have gone, or the same part of every group
-        whole = m.weight.shape[1] == new[1] and new[0] != m.weight.shape[0] and _loses_groups(m)
-        groups = new[0] * groups // first if whole else groups
-    sizes = (new[1] * groups, new[0]) if not m.transposed else (new[0], new[1] * groups)
-    return {"in_channels": sizes[0], "out_channels": sizes[1], "groups": groups}
-
-
-def _loses_groups(m: Any) -> bool:
-    return bool(m.groups >= m.in_channels // m.groups)
-
-
-def _group_norm(surgery: Surgery, node: fx.Node, m: Any) -> dict[str, Any]:
-    channels = surgery.input_sizes(node)[1][1]
-    width = m.num_channels // m.num_groups
-    return {"num_channels": channels, "num_groups": channels // width if m.num_groups >= width else m.num_groups}
-
-
-def _layer_norm(surgery: Surgery, node: fx.Node, m: Any) -> dict[str, Any]:
-    return {"normalized_shape": tuple(surgery.input_sizes(node)[1][-len(m.normalized_shape) :])}
-
-
-def _unflatten(surgery: Surgery, node: fx.Node, m: Any) -> dict[str, Any]:
-    out = surgery.out(node)
-    start = int(m.dim) % len(surgery.input_sizes(node)[0])
-    sizes = surgery.new_sizes(out)[start : start + len(m.unflattened_size)]
-    pairs = zip(m.unflattened_size, sizes, strict=True)
-    return {"unflattened_size": type(m.unflattened_size)(given if given == -1 else new for given, new in pairs)}
-
-
-def _features(surgery: Surgery, node: fx.Node, m: Any) -> dict[str, Any]:
-    tensor = m.weight if m.weight is not None else m.running_mean
-    return {} if tensor is None else {"num_features": surgery._new_shape(tensor)[0]}
-
-
-def _linear(surgery: Surgery, node: fx.Node, m: Any) -> dict[str, Any]:
-    out, into = surgery._new_shape(m.weight)
-    return {"in_features": into, "out_features": out}
-
-
-_LAYERS: Sequence[tuple[Any, Callable[[Surgery, fx.Node, Any], dict[str, Any]]]] = (
-    (nn.Linear, _linear),
-    (nn.modules.conv._ConvNd, _convolution),
-    (nn.GroupNorm, _group_norm),
-    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
-    (nn.modules.batchnorm._NormBase, _features),
-    (nn.Embedding, lambda s, n, m: {"embedding_dim": s._new_shape(m.weight)[1]}),
-    (nn.PReLU, lambda s, n, m: {"num_parameters": s._new_shape(m.weight)[0]}),
-    (nn.Unflatten, _unflatten),
-)
-
-
-# ------------------------------------------------------------------------------------------------- calls
-def _call(node: fx.Node, args: Sequence[Any] | None = None, target: Any = None, **kwargs: Any) -> _Call:
-    return _Call(target or node.target, tuple(node.args if args is None else args), {**node.kwargs, **kwargs})
-
-
-def _view(surgery: Surgery, node: fx.Node) -> _Call:
-    """Sizes, one for each dimension of the result."""
-    new, old = surgery.new_sizes(surgery.out(node)), surgery.out(node).shape
-
-    def fit(given: Sequence[Any]) -> list[Any]:
-        pairs = zip(given, new, old, strict=True)
-        return [surgery.fitted(g, n) if n != o or isinstance(g, fx.Node) else g for g, n, o in pairs]
-
-    for name in ("shape", "size"):
-        if name in node.kwargs:
-            return _call(node, **{name: tuple(fit(node.kwargs[name]))})
-    if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)):
-        return _call(node, (node.args[0], type(node.args[1])(fit(node.args[1]))))
-    return _call(node, (node.args[0], *fit(node.args[1:])))
-
-
-def _unflatten_call(surgery: Surgery, node: fx.Node) -> _Call:
-    given = node.args[2] if len(node.args) > 2 else node.kwargs.get("sizes")
-    x, out = surgery.out(node.args[0]), surgery.out(node)  # type: ignore[arg-type]
-    start = int(node.args[1] if len(node.args) > 1 else node.kwargs["dim"]) % len(x.shape)  # type: ignore[call-overload]
-    new = surgery.new_sizes(out)[start : start + len(given)]  # type: ignore[arg-type]
-    sizes = tuple(surgery.fitted(g, n) for g, n in zip(given, new, strict=True))  # type: ignore[arg-type]
-    if len(node.args) > 2:
-        return _call(node, (*node.args[:2], sizes))
-    return _call(node, sizes=sizes)
-
-
-def _split(surgery: Surgery, node: fx.Node) -> _Call:
-    """Becomes a split into a list of sizes where the parts differ from what the call would give."""
-    parts = surgery.out(node)
-    x = surgery.out(node.args[0])  # type: ignore[arg-type]
-    position = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    dim = int(position) % len(x.shape)  # type: ignore[call-overload]
-    new, old = [surgery.new_sizes(p)[dim] for p in parts], [p.shape[dim] for p in parts]
-    if new == old:
-        return _call(node)
-    name = name_of_call(node)
-    if name in ("chunk", "unsafe_chunk"):
-        each = -(-sum(new) // len(new))
-        if new == [min(each, sum(new) - i * each) for i in range(len(new))]:
-            return _call(node)
-    target = "split" if node.op == "call_method" else torch.split
-    return _Call(target, (node.args[0], new, dim), {})
-
-
-def _getitem(surgery: Surgery, node: fx.Node) -> _Call:
-    x = surgery.out(node.args[0])  # type: ignore[arg-type]
-    if not isinstance(x, Labelled):
-        return _call(node)
-    given = node.args[1]
-    index = given if isinstance(given, tuple) else (given,)
-    dim, new = 0, []
-    taken = sum(_dims_of(i, surgery) for i in index)
-    for i in index:
-        if i is Ellipsis:
-            dim += len(x.shape) - taken
-        elif isinstance(i, slice):
-            i = _slice(surgery, x, dim, i)
-        elif isinstance(i, int) and not isinstance(i, bool):
-            i = _position(surgery.stays(x, dim), i)
-        new.append(i)
-        dim += _dims_of(i, surgery)
-    return _call(node, (node.args[0], tuple(new) if isinstance(given, tuple) else new[0], *node.args[2:]))
-
-
-def _dims_of(i: Any, surgery: Surgery) -> int:
-    if i is None or i is Ellipsis or isinstance(i, bool):
-        return 0
-    if isinstance(i, fx.Node) and isinstance(found := surgery.out(i), Labelled):
-        return len(found.shape) if i.meta.get("boolean") else 1
-    return 1
-
-
-def _slice(surgery: Surgery, x: Labelled, dim: int, given: slice) -> slice:
-    stays = surgery.stays(x, dim)
-    if stays.all():
-        return given
-    bounds = [b if b is None or isinstance(b, fx.Node) else _position(stays, b) for b in (given.start, given.stop)]
-    return slice(bounds[0], bounds[1], given.step)
-
-
-def _position(stays: np.ndarray, index: int) -> int:
-    """Where position ``index`` is afterwards."""
-    if stays.all():
-        return index
-    index = index if index >= 0 else max(index + len(stays), 0)
-    return int(stays[:index].sum())
-
-
-def _narrow(surgery: Surgery, node: fx.Node) -> _Call:
-    x, out = surgery.out(node.args[0]), surgery.out(node)  # type: ignore[arg-type]
-    dim = int(node.args[1]) % len(x.shape)  # type: ignore[call-overload]
-    stays = surgery.stays(x, dim)
-    if stays.all() or len(node.args) < 4:
-        return _call(node)
-    return _call(node, (*node.args[:2], _position(stays, node.args[2]), surgery.new_sizes(out)[dim]))  # type: ignore[arg-type]
-
-
-def _select(surgery: Surgery, node: fx.Node) -> _Call:
-    x = surgery.out(node.args[0])  # type: ignore[arg-type]
-    if len(node.args) < 3 or not isinstance(node.args[2], int):
-        return _call(node)
-    dim = int(node.args[1]) % len(x.shape)  # type: ignore[call-overload]
-    return _call(node, (*node.args[:2], _position(surgery.stays(x, dim), node.args[2])))
-
-
-def _attention(surgery: Surgery, node: fx.Node) -> _Call:
-    """The scale is one over the root of the width that a head had."""
-    query = node.args[0] if node.args else node.kwargs["query"]
-    x = surgery.out(query)  # type: ignore[arg-type]
-    if surgery.new_sizes(x)[-1] == x.shape[-1] or len(node.args) > 6 or node.kwargs.get("scale") is not None:
-        return _call(node)
-    return _call(node, scale=1 / math.sqrt(x.shape[-1]))
-
-
-def _normalized_shape(surgery: Surgery, node: fx.Node) -> _Call:
-    given = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
-    new = tuple(surgery.input_sizes(node)[1][-len(given) :])  # type: ignore[arg-type]
-    if tuple(given) == new:  # type: ignore[arg-type]
-        return _call(node)
-    if len(node.args) > 1:
-        return _call(node, (node.args[0], new, *node.args[2:]))
-    return _call(node, normalized_shape=new)
-
-
-def _groups_argument(position: int, name: str, channels: int) -> Callable[[Surgery, fx.Node], _Call]:
-    """The number of groups of a functional group norm or convolution, of which whole ones may have gone."""
-
-    def rule(surgery: Surgery, node: fx.Node) -> _Call:
-        groups = node.args[position] if len(node.args) > position else node.kwargs.get(name, 1)
-        before, after = surgery.input_sizes(node)
-        width = before[channels] // groups  # type: ignore[operator]
-        if groups == 1 or groups < width or before == after:  # type: ignore[operator]
-            return _call(node)
-        new = after[channels] // width
-        if len(node.args) > position:
-            return _call(node, (*node.args[:position], new, *node.args[position + 1 :]))
-        return _call(node, **{name: new})
-
-    return rule
-
-
-_CALLS: dict[str, Callable[[Surgery, fx.Node], _Call]] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _view),
-    "unflatten": _unflatten_call,
-    **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split", "unsafe_chunk"), _split),
-    "getitem": _getitem,
-    "setitem": _getitem,
-    "narrow": _narrow,
-    "select": _select,
-    "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
-    "group_norm": _groups_argument(1, "num_groups", 1),
-    **{f"conv{i}d": _groups_argument(6, "groups", -i - 1) for i in (1, 2, 3)},
-    **{f"conv_transpose{i}d": _groups_argument(6, "groups", -i - 1) for i in (1, 2, 3)},
-}

@@ -133,13 +133,18 @@ def _glu(call: Call) -> Any:
 # ------------------------------------------------------------------------------------------------- norms
 def _affine(call: Call, x: Labelled, weight: Any, bias: Any, dims: list[int]) -> Any:
     """``x``, normalised, times weight plus bias, both of which lie along ``dims``."""
-    labels, zero = call.labels, False
-    for i, parameter in enumerate((weight, bias)):
-        if isinstance(parameter, Labelled):
-            wide = labels.move([parameter], lambda t: t.reshape([s if d in dims else 1 for d, s in enumerate(x.shape)]))
-            zero = zero or (i == 0 and parameter.zero)
-            x = labels.elementwise([x, wide])
-    return call.same(dataclasses.replace(x, why=x.why), zero)
+    for parameter in (weight, bias):
+        x = _combined(call, x, parameter, dims)
+    return call.same(x, isinstance(weight, Labelled) and weight.zero)
+
+
+def _combined(call: Call, x: Labelled, parameter: Any, dims: list[int]) -> Labelled:
+    """``x`` with a parameter, if there is one, that lies along ``dims``."""
+    if not isinstance(parameter, Labelled):
+        return x
+    shape = [s if d in dims else 1 for d, s in enumerate(x.shape)]
+    wide = call.labels.move([parameter], lambda t: t.reshape(shape))
+    return call.labels.elementwise([x, wide], x.zero)
 
 
 def _batch_norm(call: Call) -> Any:
@@ -150,11 +155,7 @@ def _batch_norm(call: Call) -> Any:
     if training:
         call.labels.inexact_along(x, [d for d in range(len(x.shape)) if d != 1])
     for statistic in (mean, var):
-        if isinstance(statistic, Labelled):
-            wide = call.labels.move(
-                [statistic], lambda t: t.reshape([-1 if d == 1 else 1 for d in range(len(x.shape))])
-            )
-            x = call.labels.elementwise([x, wide])
+        x = _combined(call, x, statistic, [1])
     if weight is None:  # (0 - mean) / std is not zero
         return call.same(x, False)
     return _affine(call, x, weight, bias, [1])

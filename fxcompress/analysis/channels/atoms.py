@@ -7,9 +7,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FIXED", "Atoms", "Ids"]
+__all__ = ["FIXED", "Atoms", "Ids", "Mask"]
 
 Ids: TypeAlias = npt.NDArray[np.int64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 FIXED = 0
 """The label of what can never be removed: constants, inputs, outputs."""
@@ -27,7 +28,7 @@ class Atoms:
     def __init__(self) -> None:
         self._parent: Ids = np.zeros(1, dtype=np.int64)
         self._reason: Ids = np.full(1, _NEVER)
-        self._inexact: npt.NDArray[np.bool_] = np.zeros(1, dtype=np.bool_)
+        self._inexact: Mask = np.zeros(1, dtype=np.bool_)
         self._used = 1
         self.reasons: list[str] = []
 
@@ -86,9 +87,9 @@ class Atoms:
         """Removing ``ids`` is not the same as setting them to zero (a mean or a norm runs over them)."""
         self._inexact[ids] = True
 
-    def summary(self) -> tuple[Ids, Ids, npt.NDArray[np.bool_]]:
-        """For every atom: its representative; the number of the reason why its class is frozen, or -1; whether its class
-        is exact."""
+    def summary(self) -> tuple[Ids, Ids, Mask]:
+        """For every atom its representative, the number of the reason why its class is frozen (or -1), and whether its
+        class is exact."""
         root = self.find(np.arange(self._used))
         reason, inexact = np.full(self._used, _NEVER), np.zeros(self._used, dtype=np.bool_)
         np.minimum.at(reason, root, self._reason[: self._used])

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from tabulate import tabulate
-from torch import fx, nn
+from torch import fx
 
 from fxcompress.analysis.aliasing import Aliasing, aliasing
-from fxcompress.analysis.channels.atoms import FIXED, Ids
+from fxcompress.analysis.channels.atoms import FIXED, Ids, Mask
 from fxcompress.analysis.channels.labels import Labelled, Product
 from fxcompress.analysis.channels.running import LabelRunner
 from fxcompress.errors import UsageError
@@ -46,8 +46,13 @@ class Binding:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Member:
-    """A binding as a group sees it: ``units[i]`` is the number of the group's channel that index ``i`` belongs to, or -1;
-    ``produces`` is whether the layer makes these channels (else it reads them, or goes along)."""
+    """A binding as a group sees it.
+
+    Attributes:
+        binding: the binding.
+        units: for each index the number of the group's channel that it belongs to, or -1.
+        produces: whether the layer makes these channels; else it reads them, or goes along.
+    """
 
     binding: Binding
     units: Ids
@@ -120,7 +125,7 @@ class ChannelGroups:
         """The class of each atom."""
         return self._roots[ids]
 
-    def sizes(self, x: Labelled, kept: np.ndarray) -> tuple[int, ...]:
+    def sizes(self, x: Labelled, kept: Mask) -> tuple[int, ...]:
         """The shape of ``x`` when only classes with ``kept[class]`` stay."""
         shape = list(x.shape)
         for m in x.maps:
@@ -130,11 +135,10 @@ class ChannelGroups:
                     shape[dim] = int(keep.sum())
         return tuple(shape)
 
-    def along(self, ids: Ids, dim: int, kept: np.ndarray) -> np.ndarray:
+    def along(self, ids: Ids, dim: int, kept: Mask) -> Mask:
         """Which indices along ``dim`` of a map stay."""
         other = tuple(d for d in range(ids.ndim) if d != dim)
-        stays: np.ndarray = kept[self._roots[ids]].any(axis=other)
-        return stays
+        return np.asarray(kept[self._roots[ids]].any(axis=other))
 
     def __str__(self) -> str:
         rows = [
@@ -230,7 +234,7 @@ class _Builder:
                 names = self.aliasing.names(tensor)
                 self.atoms.freeze(v[:1], f"all of dimension {dim} of {names[0] if names else 'a tensor'} goes together")
 
-    def _made(self, roots: Ids) -> np.ndarray:
+    def _made(self, roots: Ids) -> Mask:
         """Of each class, whether it has a channel that a layer makes."""
         made = np.zeros(len(roots), dtype=np.bool_)
         for vectors in self.runner.produced.values():
@@ -239,9 +243,7 @@ class _Builder:
         made[FIXED] = False
         return made
 
-    def _groups(
-        self, bindings: Sequence[Binding], made: np.ndarray, reasons: Ids, exact: np.ndarray
-    ) -> Iterator[Group]:
+    def _groups(self, bindings: Sequence[Binding], made: Mask, reasons: Ids, exact: Mask) -> Iterator[Group]:
         free = made & (reasons < 0)
         # The signature of a class is the set of bindings that it is in: a sum of random numbers, one a binding.
         numbers = np.random.default_rng(0).integers(1, 2**62, size=len(bindings), dtype=np.int64)
@@ -258,31 +260,35 @@ class _Builder:
         for i, binding in enumerate(bindings):
             for s in np.unique(signature[binding.classes[free[binding.classes]]]):
                 places.setdefault(int(s), []).append(i)
-        produced = dict(self._weights())
+        produced = self._producing(bindings)
         for s in sorted(np.unique(signature[order]), key=lambda s: places[int(s)][0]):
             classes = order[signature[order] == s]
             members = [bindings[i] for i in places[int(s)]]
             yield self._group(classes, members, produced, bool(exact[classes].all()), len(made))
 
     def _group(
-        self, classes: Ids, bindings: Sequence[Binding], produced: Mapping[int, int], exact: bool, count: int
+        self, classes: Ids, bindings: Sequence[Binding], produced: set[tuple[int, int]], exact: bool, count: int
     ) -> Group:
-        lead = next((b for b in bindings if _produces(b, produced)), bindings[0])
+        lead = next((b for b in bindings if (id(b.tensor), b.dim) in produced), bindings[0])
         inside = np.isin(lead.classes, classes)
         _, index = np.unique(lead.classes[inside], return_index=True)
         ordered = lead.classes[inside][np.sort(index)]
         number = np.full(count, -1)
         number[ordered] = np.arange(len(ordered))
-        members = tuple(Member(b, number[b.classes], _produces(b, produced)) for b in bindings)
+        members = tuple(Member(b, number[b.classes], (id(b.tensor), b.dim) in produced) for b in bindings)
         return Group(_owner(lead.names[0]), ordered, members, exact)
 
-    def _weights(self) -> Iterator[tuple[int, int]]:
-        """Weights, by identity, and the dimension along which their channels are made."""
-        for module in self.gm.modules():
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                yield id(module.weight), 1 if getattr(module, "transposed", False) else 0
-            elif isinstance(module, nn.Embedding):
-                yield id(module.weight), 1
+    def _producing(self, bindings: Sequence[Binding]) -> set[tuple[int, int]]:
+        """The tensors (by identity) and dimensions whose own atoms are the channels that a layer makes."""
+        owner: dict[int, tuple[int, int]] = {}
+        for bound in self.runner.bound.values():
+            for m in bound.labelled.maps:
+                owner[int(m.ids.flat[0])] = (id(bound.tensor), next(iter(m.dims)))
+        starts = np.array(sorted(owner))
+        made = [v[v != FIXED] for vectors in self.runner.produced.values() for v in vectors]
+        found = np.unique(np.searchsorted(starts, np.concatenate([*made, np.zeros(0, dtype=np.int64)]), "right") - 1)
+        known = {(id(b.tensor), b.dim) for b in bindings}
+        return {owner[int(starts[i])] for i in found if i >= 0} & known
 
     def _frozen(self, reasons: Ids) -> Iterator[Frozen]:
         for node, vectors in self.runner.produced.items():
@@ -292,7 +298,3 @@ class _Builder:
                     text = "made without a parameter" if reason == -2 else self.atoms.reasons[reason]
                     name = str(node.target) if node.op == "call_module" else node.name
                     yield Frozen(name, int((why == reason).sum()), text)
-
-
-def _produces(binding: Binding, weights: Mapping[int, int]) -> bool:
-    return weights.get(id(binding.tensor)) == binding.dim

@@ -241,7 +241,7 @@ class Labels:
     # ------------------------------------------------------------------------------------------------- arithmetic
     def elementwise(self, operands: Sequence[Labelled], zero: bool = False) -> Labelled:
         """An operation element by element, with broadcasting."""
-        shape = tuple(torch.broadcast_shapes(*(x.shape for x in operands)))
+        shape = np.broadcast_shapes(*(x.shape for x in operands))
         aligned = [self._aligned(x, len(shape)) for x in operands]
         aligned = [self._single_where_needed(x, aligned) for x in aligned]
         out: list[Map] = []
@@ -267,8 +267,8 @@ class Labels:
         return dataclasses.replace(x, shape=(1,) * extra + x.shape, maps=maps)
 
     def _single_where_needed(self, x: Labelled, operands: Sequence[Labelled]) -> Labelled:
-        """``x`` with joint maps settled where another operand has a map for each of several of their dimensions, or lies
-        along the very one that is not to go: what a norm or a rotation does to every head alike stays as it is."""
+        """``x`` with joint maps settled where another operand has a map for each of several of their dimensions, or
+        lies along the very one that is not to go: what a norm or a rotation does to all heads alike stays as it is."""
         maps = []
         for m in x.maps:
             for y in operands:
@@ -277,9 +277,10 @@ class Labels:
                     break
                 if len(met) > 1:
                     m = self.keep_one(m, min(m.dims) if self.heads else max(m.dims))
-                elif len(m.dims) == 2 and met and met[0].dims == {max(m.dims) if self.heads else min(m.dims)}:
-                    if not self._is_made(met[0].ids):
-                        m = self._tied(m, met[0].dims)
+                    continue
+                staying = {max(m.dims) if self.heads else min(m.dims)}
+                if len(m.dims) == 2 and met and met[0].dims == staying and not self._is_made(met[0].ids):
+                    m = self._tied(m, staying)
             maps.append(m)
         return dataclasses.replace(x, maps=tuple(maps))
 

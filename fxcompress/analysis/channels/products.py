@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fxcompress.analysis.channels.arithmetic import removes_groups
+from fxcompress.analysis.channels.atoms import Ids
 from fxcompress.analysis.channels.call import Call, Rule
 from fxcompress.analysis.channels.labels import Labelled, Product
 
@@ -44,8 +45,8 @@ def _transposed_convolution(call: Call) -> Any:
 
 
 def _convolve(call: Call, transposed: bool, groups: int) -> Any:
-    """weight is (out, in / groups, *kernel), transposed (in, out / groups, *kernel). With groups, either whole groups go
-    or the same part of every group."""
+    """weight is (out, in / groups, *kernel), transposed (in, out / groups, *kernel). With groups, either whole groups
+    go or the same part of every group."""
     labels, atoms = call.labels, call.labels.atoms
     x, weight, bias = call.first(), call.get(1, "weight"), call.get(2, "bias")
     rank, dim = len(x.shape), len(x.shape) - len(weight.shape) + 1  # no batch: the channels come first
@@ -53,20 +54,22 @@ def _convolve(call: Call, transposed: bool, groups: int) -> Any:
     first, second = labels.vector(weight, 0), labels.vector(weight, 1)
     leaving = first.reshape(groups, -1)
     why = x.why or weight.why
+    factors: tuple[Ids, ...] = (first, second)
     if groups == 1:
         atoms.unite(entering[0], first if transposed else second, why)
-        out, factors = (second, (first, second)) if transposed else (first, (first, second))
+        out = second if transposed else first
     elif removes_groups(groups, entering.shape[1]):
         atoms.tie(entering, 1)
         atoms.tie(leaving, 1)
         atoms.unite(entering[:, 0], leaving[:, 0], why)
         atoms.freeze(second, "within a group of a convolution that loses whole groups")
-        out, factors = first if not transposed else np.repeat(leaving[:, :1], len(second), 1).ravel(), (first,)
+        out = np.repeat(leaving[:, :1], len(second), 1).ravel() if transposed else first
+        factors = (first,)
     else:
         atoms.tie(entering, 0)
         atoms.tie(leaving, 0)
         atoms.unite(entering[0], leaving[0] if transposed else second, why)
-        out, factors = np.tile(second, groups) if transposed else first, (first, second)
+        out = np.tile(second, groups) if transposed else first
     # A kernel of size 1 that steps by 1 takes each place in space by itself.
     alone = not transposed and set(weight.shape[2:]) == {1} and tuple(call.out.shape[dim + 1 :]) == x.shape[dim + 1 :]
     for axis in range(dim + 1, rank):
