@@ -74,12 +74,18 @@ class PruneChannels(Pass):
                 f"there is no importance {self.importance!r}; did you mean {near!r}? There are {', '.join(IMPORTANCES)}"
             )
 
+    def requires(self, context: PassContext) -> None:
+        """See :meth:`Pass.requires`: some importances need calibration data."""
+        self._importance().requires(context)
+
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`: one site for each node that has to change."""
         assert context.example is not None, "declared in needs"
         args, kwargs = tuple(context.example.args), dict(context.example.kwargs)
         groups = channel_groups(context.gm, args, kwargs, attention=self.attention)
-        selection = Selection([self._candidate(g) for g in self._chosen(context, groups)])
+        chosen = self._chosen(context, groups)
+        score = self._importance().scorer(context, dataclasses.replace(groups, groups=tuple(chosen)))
+        selection = Selection([self._candidate(g, score(g).numpy()) for g in chosen])
         kept = np.ones(groups.classes, dtype=np.bool_)
         kept[selection.removed(self._counts(context, groups, selection))] = False
         surgery = Surgery(context.gm, groups, kept)
@@ -103,9 +109,10 @@ class PruneChannels(Pass):
             if not _matches(g, self.exclude) and (not self.only or _matches(g, self.only))
         ]  # fmt: skip
 
-    def _candidate(self, group: Group) -> Candidate:
-        importance = IMPORTANCES[self.importance]() if isinstance(self.importance, str) else self.importance
-        scores = importance.scores(group).numpy()
+    def _importance(self) -> Importance:
+        return IMPORTANCES[self.importance]() if isinstance(self.importance, str) else self.importance
+
+    def _candidate(self, group: Group, scores: np.ndarray) -> Candidate:
         order = np.argsort(scores, kind="stable")
         fixed = next((r for pattern, r in self.per_layer.items() if _matches(group, [pattern])), None)
         width = max(int((m.units >= 0).sum()) // group.channels for m in group.members if m.produces)

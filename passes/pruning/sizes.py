@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Labelled, removes_groups
+from fxcompress.analysis.channels import Labelled
 from fxcompress.matching import argument, name_of_call
 from fxcompress.modules import ScaledDotProductAttention
 
@@ -84,19 +84,20 @@ def resized_call(sizes: Sizes, node: fx.Node) -> Call | None:
 # ------------------------------------------------------------------------------------------------- layers
 def _convolution(sizes: Sizes, node: fx.Node, m: Any) -> dict[str, Any]:
     """Weights are (out, in / groups, ...), transposed (in, out / groups, ...)."""
-    new = sizes.new_shape(m.weight)
-    first, groups = (m.in_channels if m.transposed else m.out_channels), m.groups
-    if groups > 1 and removes_groups(groups, m.in_channels // groups):
-        groups = new[0] * groups // first
-    into, out = (new[0], new[1] * groups) if m.transposed else (new[1] * groups, new[0])
-    return {"in_channels": into, "out_channels": out, "groups": groups}
+    new, dim = sizes.new_shape(m.weight), 1 - m.weight.dim()  # counted from the back, as there may be no batch
+    into, out = sizes.input_sizes(node)[1][dim], sizes.new_sizes(sizes.out(node))[dim]
+    return {"in_channels": into, "out_channels": out, "groups": (out if m.transposed else into) // new[1]}
 
 
 def _group_norm(sizes: Sizes, node: fx.Node, m: Any) -> dict[str, Any]:
-    channels = sizes.input_sizes(node)[1][1]
-    width = m.num_channels // m.num_groups
-    whole = removes_groups(m.num_groups, width)
-    return {"num_channels": channels, "num_groups": channels // width if whole else m.num_groups}
+    stays = sizes.stays(sizes.out(first_input(node)), 1)
+    return {"num_channels": int(stays.sum()), "num_groups": _groups_left(stays, m.num_groups)}
+
+
+def _groups_left(stays: Mask, groups: int) -> int:
+    """How many groups are left: fewer if whole ones have gone, all if the same part of each has."""
+    rows = stays.reshape(groups, -1)
+    return int(rows[:, 0].sum()) if (rows == rows[:, :1]).all() else groups
 
 
 def _layer_norm(sizes: Sizes, node: fx.Node, m: Any) -> dict[str, Any]:
@@ -260,12 +261,9 @@ def _groups_argument(position: int, name: str, channels: int) -> Callable[[Sizes
     """The number of groups of a functional group norm or convolution, of which whole ones may have gone."""
 
     def rule(sizes: Sizes, node: fx.Node) -> Call:
-        groups = argument(node, position, name, 1)
-        before, after = sizes.input_sizes(node)
-        width = before[channels] // groups
-        if groups == 1 or not removes_groups(groups, width) or before == after:
-            return _call(node)
-        return _with_argument(node, position, name, after[channels] // width)
+        groups, x = argument(node, position, name, 1), sizes.out(first_input(node))
+        left = _groups_left(sizes.stays(x, channels % len(x.shape)), groups)
+        return _call(node) if left == groups else _with_argument(node, position, name, left)
 
     return rule
 
@@ -281,6 +279,5 @@ _CALLS: dict[str, Callable[[Sizes, fx.Node], Call]] = {
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
     "group_norm": _groups_argument(1, "num_groups", 1),
-    **{f"conv{i}d": _groups_argument(6, "groups", -i - 1) for i in (1, 2, 3)},
-    **{f"conv_transpose{i}d": _groups_argument(6, "groups", -i - 1) for i in (1, 2, 3)},
+    **{f"{kind}{i}d": _groups_argument(6, "groups", -i - 1) for kind in ("conv", "conv_transpose") for i in (1, 2, 3)},
 }

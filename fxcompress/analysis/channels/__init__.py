@@ -1,6 +1,5 @@
 """Channels: which slices of which parameters can only be removed together, found by running the graph on labels."""
 
-from fxcompress.analysis.channels.arithmetic import removes_groups
 from fxcompress.analysis.channels.groups import Binding, ChannelGroups, Frozen, Group, Member, channel_groups
 from fxcompress.analysis.channels.labels import Labelled, Product
 
@@ -13,5 +12,4 @@ __all__ = [
     "Member",
     "Product",
     "channel_groups",
-    "removes_groups",
 ]

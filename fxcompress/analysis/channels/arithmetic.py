@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxcompress.analysis.channels.call import Call, Rule
-from fxcompress.analysis.channels.labels import Labelled
+from fxcompress.analysis.channels.labels import Grouping, Labelled
 
 __all__ = ["RULES", "is_pointwise", "pointwise"]
 
@@ -191,17 +191,8 @@ def _group_norm(call: Call) -> Any:
     x, groups = call.first(), int(call.get(1, "num_groups"))
     call.labels.inexact_along(x, range(2, len(x.shape)))
     ids = call.labels.vector(x, 1).reshape(groups, -1)
-    whole = removes_groups(groups, ids.shape[1])
-    call.labels.atoms.tie(ids, 1 if whole else 0)
-    if not whole:
-        call.labels.atoms.mark_inexact(ids.ravel())
+    call.labels.group(Grouping(ids, ids, x.why, call.labels.place, exact=False))
     return _affine(call, x, call.get(2, "weight"), call.get(3, "bias"), [1])
-
-
-def removes_groups(groups: int, width: int) -> bool:
-    """Of ``groups`` groups of ``width`` channels, whether whole groups go, rather than the same part of every group:
-    whichever leaves more to choose from."""
-    return groups >= width
 
 
 def _local_response_norm(call: Call) -> Any:

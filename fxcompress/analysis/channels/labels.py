@@ -12,7 +12,7 @@ import torch
 
 from fxcompress.analysis.channels.atoms import FIXED, Atoms, Ids
 
-__all__ = ["Labelled", "Labels", "Map", "Product"]
+__all__ = ["Grouping", "Labelled", "Labels", "Map", "Product"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +58,27 @@ class Product:
     vectors: tuple[Ids, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grouping:
+    """Channels in groups, of which either whole ones go or the same part of every one.
+
+    Attributes:
+        entering: atoms of the channels that come in, of shape ``(groups, width)``.
+        leaving: atoms of those that come out, of shape ``(groups, width)``; ``entering`` itself for a norm.
+        why, place: for reasons.
+        within_in, within_out: atoms of a weight that lie along the width of what comes in or out.
+        exact: whether the same part of every group can be removed exactly.
+    """
+
+    entering: Ids
+    leaving: Ids
+    why: str
+    place: str
+    within_in: Ids | None = None
+    within_out: Ids | None = None
+    exact: bool = True
+
+
 class Labels:
     """What operations do to labels. Each method takes what an operation is given and returns what it gives.
 
@@ -76,6 +97,7 @@ class Labels:
         """The channels that layers of the call that is running have made; the runner takes them away."""
         self._made: list[Ids] = []
         self._late: list[tuple[Ids, str]] = []
+        self._groupings: list[Grouping] = []
         self._joint: list[Map] = []
 
     # ------------------------------------------------------------------------------------------------- maps
@@ -141,10 +163,50 @@ class Labels:
         rectangles."""
         for ids, reason in self._late:
             self.atoms.freeze(ids, reason)
+        for grouping in self._groupings:
+            self._settle_grouping(grouping)
         while self._joint:
             pending, self._joint = self._joint, []
             for m in pending:
                 self.keep_one(m)
+
+    # ------------------------------------------------------------------------------------------------- groups
+    def group(self, grouping: Grouping) -> None:
+        """Which way a grouping goes is settled when the run is over, by what leaves more to choose from; but where a
+        group has one channel there is no choice."""
+        if grouping.entering.shape[1] == 1:
+            self._take_whole(grouping)
+        else:
+            self._groupings.append(grouping)
+
+    def _settle_grouping(self, g: Grouping) -> None:
+        if self._left(g.entering, 1) >= self._left(g.entering, 0):
+            self._take_whole(g)
+            return
+        for ids in (g.entering, g.leaving):
+            self.atoms.tie(ids, 0)
+        for outer, within in ((g.entering, g.within_in), (g.leaving, g.within_out)):
+            if within is not None:
+                self.atoms.unite(outer[0], within, g.why)
+        if not g.exact:
+            self.atoms.mark_inexact(g.entering.ravel())
+
+    def _take_whole(self, g: Grouping) -> None:
+        for ids in (g.entering, g.leaving):
+            self.atoms.tie(ids, 1)
+        self.atoms.unite(g.entering[:, 0], g.leaving[:, 0], g.why)
+        for within in (g.within_in, g.within_out):
+            if within is not None:
+                self.atoms.freeze(within, f"within a group of {g.place}, which loses whole groups")
+
+    def _left(self, ids: Ids, axis: int) -> int:
+        """How many classes are left if ``ids`` are tied along ``axis``."""
+        roots, numbers = np.unique(self.atoms.find(ids), return_inverse=True)
+        trial = Atoms()
+        trial.new(len(roots))
+        tied = numbers.reshape(ids.shape) + 1
+        trial.tie(tied, axis)
+        return len(np.unique(trial.find(tied.ravel())))
 
     # ------------------------------------------------------------------------------------------------- movement
     def move(self, inputs: Sequence[Labelled], op: Callable[..., Any], new_dims: bool = True) -> Any:

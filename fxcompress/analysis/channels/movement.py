@@ -121,10 +121,9 @@ def _pad(call: Call) -> Any:
     x, pads = call.first(), list(call.get(1, "pad"))
     rank = len(x.shape)
     padded = {rank - 1 - i // 2 for i, amount in enumerate(pads) if amount}
-    for m in x.maps:
-        if m.dims & padded:
-            call.labels.atoms.freeze(m.ids.ravel(), f"padded by {call.labels.place}")
-    return call.same(dataclasses.replace(x, maps=tuple(m for m in x.maps if not m.dims & padded)))
+    for dim in padded:
+        x = call.labels.tie_along(x, dim)
+    return call.same(x)
 
 
 def _expand(call: Call) -> Any:

@@ -7,12 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from fxcompress.analysis.channels.arithmetic import removes_groups
-from fxcompress.analysis.channels.atoms import Ids
 from fxcompress.analysis.channels.call import Call, Rule
-from fxcompress.analysis.channels.labels import Labelled, Product
+from fxcompress.analysis.channels.labels import Grouping, Labelled, Product
 
 __all__ = ["RULES"]
 
@@ -50,26 +46,17 @@ def _convolve(call: Call, transposed: bool, groups: int) -> Any:
     labels, atoms = call.labels, call.labels.atoms
     x, weight, bias = call.first(), call.get(1, "weight"), call.get(2, "bias")
     rank, dim = len(x.shape), len(x.shape) - len(weight.shape) + 1  # no batch: the channels come first
-    entering = labels.vector(x, dim).reshape(groups, -1)
+    entering = labels.vector(x, dim)
     first, second = labels.vector(weight, 0), labels.vector(weight, 1)
-    leaving = first.reshape(groups, -1)
-    why = x.why or weight.why
-    factors: tuple[Ids, ...] = (first, second)
-    if groups == 1:
-        atoms.unite(entering[0], first if transposed else second, why)
-        out = second if transposed else first
-    elif removes_groups(groups, entering.shape[1]):
-        atoms.tie(entering, 1)
-        atoms.tie(leaving, 1)
-        atoms.unite(entering[:, 0], leaving[:, 0], why)
-        atoms.freeze(second, "within a group of a convolution that loses whole groups")
-        out = np.repeat(leaving[:, :1], len(second), 1).ravel() if transposed else first
-        factors = (first,)
-    else:
-        atoms.tie(entering, 0)
-        atoms.tie(leaving, 0)
-        atoms.unite(entering[0], leaving[0] if transposed else second, why)
-        out = np.tile(second, groups) if transposed else first
+    out, why = first, x.why or weight.why
+    if transposed:
+        atoms.unite(entering, first, why)
+        out = second if groups == 1 else atoms.new(groups * weight.shape[1])
+    elif groups == 1:
+        atoms.unite(entering, second, why)
+    if groups > 1:
+        within = (None, second) if transposed else (second, None)
+        labels.group(Grouping(entering.reshape(groups, -1), out.reshape(groups, -1), why, labels.place, *within))
     # A kernel of size 1 that steps by 1 takes each place in space by itself.
     alone = not transposed and set(weight.shape[2:]) == {1} and tuple(call.out.shape[dim + 1 :]) == x.shape[dim + 1 :]
     for axis in range(dim + 1, rank):
@@ -80,7 +67,7 @@ def _convolve(call: Call, transposed: bool, groups: int) -> Any:
     labels.produce(out)
     result_shape = call.out.shape
     counted = x.shape if transposed else result_shape
-    labels.products.append(Product(math.prod(counted) * math.prod(weight.shape[1:]), factors))
+    labels.products.append(Product(math.prod(counted) * math.prod(weight.shape[1:]), (first, second)))
     maps = tuple(m for m in x.maps if max(m.dims) < dim or (alone and len(m.dims) == 1 and min(m.dims) > dim))
     found = Labelled(tuple(result_shape), (*maps, labels.along(out, dim, rank)), why)
     return _with_bias(call, found, weight, bias, dim)
