@@ -47,8 +47,12 @@ __all__ = [
 
 def _powers(member: Member, p: int, channels: int) -> Tensor:
     """Sums of ``|w|^p`` over the slice of each channel."""
-    power = as_double(member.binding.tensor).abs().pow(p)
-    return per_channel(member, per_index(power, member.binding.dim), channels)
+    tensor = member.binding.tensor.detach()
+    dims = [d for d in range(tensor.dim()) if d != member.binding.dim]
+    if not dims or tensor.device.type == "mps":  # which has no float64
+        return per_channel(member, per_index(as_double(tensor).abs().pow(p), member.binding.dim), channels)
+    # The norm adds up in float64 as it reads, without a copy of the tensor in that dtype.
+    return per_channel(member, torch.linalg.vector_norm(tensor, p, dims, dtype=torch.float64).pow(p), channels)
 
 
 def _check_p(p: int) -> None:

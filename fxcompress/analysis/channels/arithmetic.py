@@ -26,7 +26,7 @@ _ALSO_POINTWISE = frozenset(
     celu hardswish hardsigmoid leaky_relu identity alpha_dropout lift_fresh rsqrt native_dropout
 """.split()
 )
-_PRODUCTS = frozenset("mul rmul imul multiply and div truediv true_divide floordiv floor_divide masked_fill".split())
+_PRODUCTS = frozenset("mul rmul imul multiply and div truediv true_divide floordiv floor_divide".split())
 _SUMS = frozenset("add radd iadd sub rsub subtract neg pos copy where lerp maximum minimum addcmul".split())
 _ZERO_AT_ZERO = frozenset(
     """
@@ -51,9 +51,8 @@ def is_pointwise(name: str) -> bool:
 def pointwise(call: Call) -> Any:
     """Any operation element by element: what it combines goes together."""
     operands = call.tensors()
-    zero = _stays_zero(call, operands)
-    found = call.labels.elementwise(operands, zero) if len(operands) > 1 else operands[0]
-    return call.same(found, zero)
+    found = call.labels.elementwise(operands) if len(operands) > 1 else operands[0]
+    return call.same(found, _stays_zero(call, [call.labels.zero_wherever(x, found) for x in operands]))
 
 
 def _prelu(call: Call) -> Any:
@@ -64,19 +63,22 @@ def _prelu(call: Call) -> Any:
     return call.same(call.labels.elementwise([x, wide]), x.zero)
 
 
-def _stays_zero(call: Call, operands: list[Labelled]) -> bool:
+def _stays_zero(call: Call, zeros: list[bool]) -> bool:
+    """Whether the result is zero wherever atoms go, if ``zeros`` says it of the operands."""
     if call.name in _PRODUCTS:
         first = next(v for v in pytree.tree_leaves(list(call.args), is_leaf=lambda v: isinstance(v, Labelled)))
         if call.name in ("mul", "rmul", "imul", "multiply"):
-            return any(x.zero for x in operands)
-        return isinstance(first, Labelled) and first.zero
+            return any(zeros)
+        return isinstance(first, Labelled) and zeros[0]
     if call.name in _SUMS:
         numbers = [v for v in pytree.tree_leaves(list(call.real_args)) if isinstance(v, (int, float))]
-        return all(x.zero for x in operands) and not any(numbers)
+        return all(zeros) and not any(numbers)
+    if call.name == "masked_fill":
+        return zeros[0] and call.get(2, "value") == 0
     if call.name == "pow":
         exponent = call.get(1, "exponent")
-        return operands[0].zero and isinstance(exponent, (int, float)) and exponent > 0
-    return call.name in _ZERO_AT_ZERO and operands[0].zero
+        return zeros[0] and isinstance(exponent, (int, float)) and exponent > 0
+    return call.name in _ZERO_AT_ZERO and zeros[0]
 
 
 # ------------------------------------------------------------------------------------------------- reductions
@@ -101,8 +103,14 @@ def _reduction(call: Call) -> Any:
     dims = call.dims(dim)
     ranks = {t.dim() for t in pytree.tree_leaves(call.out) if isinstance(t, torch.Tensor)}
     drop = ranks != {len(x.shape)} or not x.shape
-    found = call.labels.spread(x, dims, drop=drop and bool(x.shape), exact=call.name in ("sum", "nansum", "norm"))
+    found = call.labels.spread(x, dims, drop=drop and bool(x.shape), exact=_ignores_zeros(call))
     return call.same(found)
+
+
+def _ignores_zeros(call: Call) -> bool:
+    order = call.get(1, "p", "ord", default=2)
+    positive = order in (None, "fro") or (isinstance(order, (int, float)) and order > 0)
+    return call.name in ("sum", "nansum") or (call.name in ("norm", "vector_norm") and positive)
 
 
 def _along_dim(position: int, default: Any = None, frozen: bool = False, zero: bool = False) -> Rule:
@@ -135,7 +143,9 @@ def _affine(call: Call, x: Labelled, weight: Any, bias: Any, dims: list[int]) ->
     """``x``, normalised, times weight plus bias, both of which lie along ``dims``."""
     for parameter in (weight, bias):
         x = _combined(call, x, parameter, dims)
-    return call.same(x, isinstance(weight, Labelled) and weight.zero)
+    zero = isinstance(weight, Labelled) and weight.zero
+    alone = all(m.dims <= set(dims) or call.labels.atoms.are_frozen(m.ids.ravel()) for m in x.maps)
+    return call.same(x, zero and alone)
 
 
 def _combined(call: Call, x: Labelled, parameter: Any, dims: list[int]) -> Labelled:

@@ -59,11 +59,12 @@ class Atoms:
     def unite(self, a: Ids, b: Ids, reason: str) -> None:
         """Unite ``a`` and ``b`` element by element (they broadcast); ``reason`` is why those are frozen that meet 0."""
         a, b = (side.ravel() for side in np.broadcast_arrays(a, b))
-        if len(a) > 256:  # labels repeat along everything that they do not vary with
-            a, b = np.unique(np.stack([a, b]), axis=1)
-        self.freeze(np.concatenate([a[b == FIXED], b[a == FIXED]]), reason)
-        movable = (a != FIXED) & (b != FIXED)
-        a, b = self.find(a[movable]), self.find(b[movable])
+        fixed_a, fixed_b = a == FIXED, b == FIXED
+        if fixed_a.any() or fixed_b.any():
+            self.freeze(np.concatenate([a[fixed_b], b[fixed_a]]), reason)
+            movable = ~(fixed_a | fixed_b)
+            a, b = a[movable], b[movable]
+        a, b = self.find(a), self.find(b)
         while len(a):
             differ = a != b
             a, b = a[differ], b[differ]
@@ -82,6 +83,10 @@ class Atoms:
         if len(ids):
             self.reasons.append(reason)
             np.minimum.at(self._reason, ids, len(self.reasons) - 1)
+
+    def are_frozen(self, ids: Ids) -> bool:
+        """Whether each of ``ids`` has been frozen under its own number."""
+        return bool(((ids == FIXED) | (self._reason[ids] != _NEVER)).all())
 
     def mark_inexact(self, ids: Ids) -> None:
         """Removing ``ids`` is not the same as setting them to zero (a mean or a norm runs over them)."""

@@ -353,6 +353,12 @@ class Labels:
         if not met and any(other.shape[d] > 1 for d in m.dims):
             self.atoms.freeze(m.ids.ravel(), f"combined by {self.place} with {other.why or 'something fixed'}")
 
+    def zero_wherever(self, x: Labelled, out: Labelled) -> bool:
+        """Whether ``x`` is zero wherever atoms go from ``out``, to which it broadcasts: what has no labels stays."""
+        extra = len(out.shape) - len(x.shape)
+        mine = {d + extra for m in x.maps for d in m.dims}
+        return x.zero and all(m.dims <= mine or self.atoms.are_frozen(m.ids.ravel()) for m in out.maps)
+
     def spread(self, x: Labelled, dims: Iterable[int], drop: bool, exact: bool) -> Labelled:
         """A reduction over ``dims``, which are dropped or stay with size 1.
 
@@ -403,6 +409,7 @@ class Labels:
             sizes |= {k: s for k, s in zip(names, x.shape, strict=True) if s > 1}
         settled = [self._without_joint(i, operands, letters, out) for i in range(len(operands))]
         vectors: dict[Any, Ids] = {}
+        zeros: dict[Any, bool] = {}
         for letter, size in sizes.items():
             holders = [
                 (x, list(names).index(letter))
@@ -417,12 +424,14 @@ class Labels:
                 self.atoms.unite(first, v, f"multiplied by {self.place} with {x.why or found[0][1].why}")
             vectors[letter] = next((v for v, _ in found if (v != FIXED).any()), first)
             assert len(vectors[letter]) == size
-            if letter not in out and not any(x.zero for x, _ in holders):
+            zeros[letter] = any(x.zero for x, _ in holders)
+            if letter not in out and not zeros[letter]:
                 self.atoms.mark_inexact(vectors[letter])
         self.products.append(Product(math.prod(sizes.values()), tuple(vectors.values())))
         maps = tuple(self.along(vectors[k], i, len(out)) for i, k in enumerate(out) if k in vectors)
         why = next((x.why for x in operands if x.why), "")
-        return Labelled(tuple(sizes[k] for k in out), maps, why, any(x.zero for x in operands))
+        zero = all(zeros[k] or self.atoms.are_frozen(vectors[k]) for k in out if k in vectors)
+        return Labelled(tuple(sizes[k] for k in out), maps, why, zero)
 
     def _without_joint(
         self, index: int, operands: Sequence[Labelled], letters: Sequence[Sequence[Any]], out: Sequence[Any]

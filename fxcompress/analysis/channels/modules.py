@@ -80,7 +80,7 @@ for _kinds, _name, _rest in (
     ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), "adaptive_max_pool{}d", _Function("").rest),
     ((nn.LPPool1d, nn.LPPool2d, nn.LPPool3d), "lp_pool{}d", _Function("").rest),
     ((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), "avg_pool{}d", _Function("").rest),  # places in space, all the same
-    ((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), "avg_pool{}d", _Function("").rest),
+    ((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), "pad", lambda m, p: (m.padding, "constant", m.value)),
     ((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d), "avg_pool{}d", _Function("").rest),
     ((nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d), "avg_pool{}d", _Function("").rest),
 ):

@@ -35,7 +35,9 @@ def _along(position: int, default: Any = None) -> Rule:
 
 
 def _moved_with_fixed(call: Call, fixed: set[int]) -> Any:
-    x = call.first()
+    x, *indices = call.tensors()
+    for index in indices:
+        call.labels.freeze(index, f"an index for {call.labels.place}")
     for m in x.maps:
         if m.dims & fixed:
             call.labels.atoms.freeze(m.ids.ravel(), f"reordered by {call.labels.place}")
@@ -123,7 +125,7 @@ def _pad(call: Call) -> Any:
     padded = {rank - 1 - i // 2 for i, amount in enumerate(pads) if amount}
     for dim in padded:
         x = call.labels.tie_along(x, dim)
-    return call.same(x)
+    return call.same(x, x.zero and not call.get(3, "value"))
 
 
 def _expand(call: Call) -> Any:
@@ -136,7 +138,15 @@ def _expand(call: Call) -> Any:
         for d, size in enumerate(out.shape)
         if size > 1 and (d < extra or x.shape[d - extra] == 1)
     )
-    return dataclasses.replace(out, maps=(*out.maps, *fresh))
+    return dataclasses.replace(out, maps=(*out.maps, *fresh), zero=out.zero and not fresh)
+
+
+def _unfold(call: Call) -> Any:
+    """``Tensor.unfold`` gives windows along one dimension; ``F.unfold`` takes patches."""
+    if len(call.out.shape) == len(call.first().shape) + 1:
+        return _along(1)(call)
+    call.labels.freeze(call.first(), f"cut into patches by {call.labels.place}")
+    return call.unlabelled(f"cut into patches by {call.labels.place}")
 
 
 def _gather(call: Call) -> Any:
@@ -212,7 +222,7 @@ RULES: Mapping[str, Rule] = {
     "index_select": _along(1),
     "roll": _along(2),
     "rot90": _along(2, (0, 1)),
-    "unfold": _along(1),
+    "unfold": _unfold,
     "repeat_interleave": _repeat_interleave,
     "pixel_shuffle": _pixel_shuffle,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),

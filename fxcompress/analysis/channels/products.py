@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fxcompress.analysis.channels.atoms import FIXED
 from fxcompress.analysis.channels.call import Call, Rule
 from fxcompress.analysis.channels.labels import Grouping, Labelled, Product
 
@@ -24,11 +25,13 @@ def _linear(call: Call) -> Any:
 
 
 def _with_bias(call: Call, out: Labelled, weight: Labelled, bias: Any, dim: int) -> Any:
-    zero = weight.zero
+    """``out`` plus the bias along ``dim``; what goes there is zero by the weight, what goes elsewhere by the input."""
+    other = any(dim not in m.dims and not call.labels.atoms.are_frozen(m.ids.ravel()) for m in out.maps)
+    zero = weight.zero and (call.first().zero or not other)
     if isinstance(bias, Labelled):
         shape = [-1 if d == dim else 1 for d in range(len(out.shape))]
         out = call.labels.elementwise([out, call.labels.move([bias], lambda t: t.reshape(shape))])
-        zero = zero and bias.zero
+        zero = zero and bias.zero and not other
     return call.same(out, zero)
 
 
@@ -69,7 +72,9 @@ def _convolve(call: Call, transposed: bool, groups: int) -> Any:
     counted = x.shape if transposed else result_shape
     labels.products.append(Product(math.prod(counted) * math.prod(weight.shape[1:]), (first, second)))
     maps = tuple(m for m in x.maps if max(m.dims) < dim or (alone and len(m.dims) == 1 and min(m.dims) > dim))
-    found = Labelled(tuple(result_shape), (*maps, labels.along(out, dim, rank)), why)
+    if (out != FIXED).any():  # one channel, or a weight that is no parameter: nothing can go
+        maps = (*maps, labels.along(out, dim, rank))
+    found = Labelled(tuple(result_shape), maps, why)
     return _with_bias(call, found, weight, bias, dim)
 
 
@@ -96,7 +101,8 @@ def _added_product(call: Call) -> Any:
     """addmm, baddbmm: input + a @ b."""
     added = call.first()
     found = _product(call, call.get(1, "mat1", "batch1"), call.get(2, "mat2", "batch2"))
-    return call.same(call.labels.elementwise([added, found]), added.zero and found.zero)
+    out = call.labels.elementwise([added, found])
+    return call.same(out, all(call.labels.zero_wherever(x, out) for x in (added, found)))
 
 
 def _einsum(call: Call) -> Any:
@@ -115,10 +121,10 @@ def _einsum(call: Call) -> Any:
     else:
         plain = inputs.replace(",", "").replace("...", "")
         out = [*hidden, *sorted(k for k in set(plain) if plain.count(k) == 1)]
-    for names, x in zip(letters, operands, strict=True):
-        if len(set(names)) < len(names):  # a diagonal
+    if any(len(set(names)) < len(names) for names in letters):  # a diagonal
+        for x in operands:
             call.labels.freeze(x, f"a diagonal is taken by {call.labels.place}")
-            return call.unlabelled(f"a diagonal taken by {call.labels.place}")
+        return call.unlabelled(f"a diagonal taken by {call.labels.place}")
     return call.same(call.labels.einsum(operands, letters, out))
 
 

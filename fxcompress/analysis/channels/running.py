@@ -81,7 +81,7 @@ class LabelRunner(GraphRunner):
                 for d, size in enumerate(shape)
                 if size > 1 and tensor.is_floating_point()
             )
-            labelled = Labelled(shape, maps, self.labels.place, tensor.is_floating_point())
+            labelled = Labelled(shape, maps, self.labels.place, isinstance(tensor, nn.Parameter))
             self.bound[id(tensor)] = Bound(tensor, labelled)
         return self.bound[id(tensor)].labelled
 
@@ -101,7 +101,9 @@ class LabelRunner(GraphRunner):
             return call.unlabelled("the model's output")
         if n.op == "call_module":
             return self._label_module(n, call)
-        return self._label_function(dataclasses.replace(call, name=self._name(n)))
+        found = self._label_function(dataclasses.replace(call, name=self._name(n)))
+        self._note_write(n, found)
+        return found
 
     @staticmethod
     def _runner(n: fx.Node) -> Callable[..., Any]:
@@ -120,16 +122,26 @@ class LabelRunner(GraphRunner):
             return "view of bits"
         return name.strip("_") or name
 
+    def _note_write(self, n: fx.Node, found: Any) -> None:
+        """What is written in place into a view is there in the tensor that it is a view of, too."""
+        target, view = str(n.target), n.args[0] if n.args else None
+        writes = n.op == "call_method" and (target.startswith("__i") or target.rstrip("_") + "_" == target)
+        if not (writes and isinstance(view, fx.Node) and self._name(view) in movement.RULES):
+            return
+        x = self.found[view]
+        if isinstance(x, Labelled) and isinstance(found, Labelled) and x.zero and not found.zero:
+            self.labels.inexact_along(x, range(len(x.shape)))
+
     def _label_function(self, call: Call) -> Any:
         labelled = call.tensors()
+        if call.name == "setitem":
+            return self._label_assignment(call)
         if not labelled or not _has_tensors(call.out):
             if call.name not in _ASKS and call.out is not None and _has_maps(labelled):
                 self._freeze(labelled, f"read by {self.labels.place}")
             return call.out if not _has_tensors(call.out) else call.unlabelled(self.labels.place)
         if call.name == "getitem" and not isinstance(call.args[0], Labelled):
             return call.args[0][call.real_args[1]]
-        if call.name == "setitem":
-            return self._label_assignment(call)
         if call.name in _PROPERTIES_THAT_MOVE and len(call.args) == 2:
             return self.labels.move([call.first()], lambda t: getattr(t, call.name))
         if call.name in _MAKES:
@@ -143,14 +155,19 @@ class LabelRunner(GraphRunner):
         return self._unknown(call, "is not known")
 
     def _label_assignment(self, call: Call) -> Any:
-        """x[index] = y: what is written goes with what was there."""
-        x, value = call.args[0], call.args[2]
-        there = movement.RULES["getitem"](
-            dataclasses.replace(call, run=lambda t, i: t[i], args=call.args[:2], real_args=call.real_args[:2])
-        )
+        """x[index] = y, which returns nothing: what is written goes with what was there, and so does a mask."""
+        x, index, value = call.args
+        if isinstance(index, Labelled) and index.shape == x.shape and call.real_args[1].dtype == torch.bool:
+            there = self.labels.elementwise([x, index])
+        else:
+            there = movement.RULES["getitem"](
+                dataclasses.replace(call, run=lambda t, i: t[i], args=call.args[:2], real_args=call.real_args[:2])
+            )
         if isinstance(value, Labelled):
             self.labels.elementwise([there, value])
-        return x
+        if x.zero and not (value.zero if isinstance(value, Labelled) else value == 0):
+            self.labels.inexact_along(x, range(len(x.shape)))
+        return call.out
 
     def _label_module(self, n: fx.Node, call: Call) -> Any:
         module = self._graph_module().get_submodule(str(n.target))
@@ -203,7 +220,8 @@ def _wrappers(graph: fx.Graph) -> set[fx.Node]:
 
 def _is_plain(value: Any) -> bool:
     """Whether ``value`` is what operations return, and no object that a model puts its outputs into."""
-    return type(value) in (tuple, list, torch.Size) or isinstance(value, (int, float, bool, type(None)))
+    named = type(value).__module__ == "torch.return_types"
+    return named or type(value) in (tuple, list, torch.Size) or isinstance(value, (int, float, bool, type(None)))
 
 
 def _has_tensors(value: Any) -> bool:
