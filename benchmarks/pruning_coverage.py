@@ -80,7 +80,7 @@ def _ours(run: Run) -> tuple[nn.Module, dict[str, Any]]:
         if frozen.reason != _OUTPUT:
             reasons[frozen.reason] += frozen.channels
     frozen_record = {"channels": groups.channels, "frozen": sum(reasons.values()), "reasons": reasons.most_common(5)}
-    return graph, {"seconds": seconds, **frozen_record}
+    return graph, {"timing": seconds, **frozen_record}
 
 
 def ours_on(graph: torch.fx.GraphModule, args: Any, kwargs: Any) -> dict[str, float]:
@@ -110,7 +110,7 @@ def _theirs(run: Run, graph: torch.fx.GraphModule) -> tuple[nn.Module, dict[str,
     done = time.process_time()
     if type(module).__name__ == "VisionTransformer" and hasattr(module, "conv_proj"):
         module.hidden_dim = module.conv_proj.out_channels
-    return module, {"seconds": {"groups": built - start, "prune": done - built}}
+    return module, {"timing": {"groups": built - start, "prune": done - built}}
 
 
 def output_layers(graph: torch.fx.GraphModule, args: Any, kwargs: Any) -> set[str]:
@@ -192,7 +192,7 @@ def _left(record: dict[str, Any], what: str) -> float:
 
 
 def _seconds(record: dict[str, Any]) -> float:
-    return max(float(record["seconds"]["groups"] + record["seconds"]["prune"]), 1e-3)
+    return max(float(record["timing"]["groups"] + record["timing"]["prune"]), 1e-3)
 
 
 def _summary(name: str, of: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    limits = isolated.Limits(jobs=arguments.jobs)
+    limits = isolated.Limits(seconds=120, jobs=arguments.jobs)
     path = publish.RESULTS / "pruning_coverage.json"
     whole = not arguments.models
     results = json.loads(path.read_text())["results"] if whole and path.exists() else {}

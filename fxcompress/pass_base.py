@@ -151,6 +151,10 @@ class Pass:
         """Change the graph at ``site``; what it returns (plain values) is added to the site's detail."""
         raise NotImplementedError(f"{type(self).__qualname__} must act on its sites: implement rewrite()")
 
+    def reads_calibration(self) -> bool:
+        """Whether this pass reads the calibration data, so that a stream of it has to be kept for others."""
+        return Need.CALIBRATION in self.needs or type(self).observes is not Pass.observes
+
     def error_bound(self) -> float | None:
         """For APPROXIMATE passes: the largest relative error this pass declares, or ``None`` for 'just report it'."""
         return None

@@ -131,7 +131,7 @@ def _check_needs(pass_: Pass, example: Example | None, calibration: Any) -> None
 
 def _read_often(passes: Sequence[Pass], verify: bool) -> bool:
     """Whether the calibration data may be read more than once, so that a generator must be kept in memory."""
-    readers = [p for p in passes if Need.CALIBRATION in p.needs or type(p).observes is not Pass.observes]
+    readers = [p for p in passes if p.reads_calibration()]
     measured = verify and any(p.guarantee is Guarantee.APPROXIMATE for p in passes)
     return measured or len(readers) > 1 or any(verify or p.repeat for p in readers)
 

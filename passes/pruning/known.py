@@ -69,8 +69,9 @@ class Known:
         """``value`` where it is ``sure`` (they broadcast) and finite, nothing elsewhere."""
         if 0 in shape or value.is_complex():
             return Known.nothing(shape)
-        sure, value = torch.broadcast_tensors(sure & value.isfinite(), value)
-        return Known(tuple(shape), sure, torch.where(sure, value, torch.zeros((), dtype=value.dtype)))
+        sure = sure & value.isfinite()
+        value = torch.where(sure, value, torch.zeros((), dtype=value.dtype))
+        return Known(tuple(shape), sure.expand(value.shape), value)
 
     @staticmethod
     def shrunk(shape: Sequence[int], sure: torch.Tensor, value: torch.Tensor) -> Known:

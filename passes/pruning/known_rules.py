@@ -1,10 +1,11 @@
-"""Rules for what is sure of a result, given what is sure of the arguments. An operation without a rule tells nothing."""
+"""Rules for what is sure of a result, given what is sure of the arguments. Without a rule nothing is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -36,16 +37,14 @@ def pointwise(call: KnownCall) -> Any:
     operands = call.tensors()
     if call.sized or "out" in call.kwargs or not all(x.any for x in operands) or not isinstance(call.out, torch.Tensor):
         return call.nothing()
-    small = torch.broadcast_shapes(*(x.sure.shape for x in operands))
+    small = np.broadcast_shapes(*(x.sure.shape for x in operands))
 
     def fill(value: Any) -> Any:  # copies, as the operation may be in place
         if not isinstance(value, Known):
             return value
         return value.wide.expand(small).clone() if value.shape else value.wide.clone()
 
-    args, kwargs = pytree.tree_map(
-        fill, (tuple(call.args), dict(call.kwargs)), is_leaf=lambda v: isinstance(v, Known)
-    )
+    args, kwargs = pytree.tree_map(fill, (tuple(call.args), dict(call.kwargs)), is_leaf=lambda v: isinstance(v, Known))
     try:
         result = call.run(*args, **kwargs)
     except Exception:  # it may want tensors of other dtypes or sizes: then nothing is known of it
@@ -109,10 +108,8 @@ def _cast(call: KnownCall) -> Any:
 def _dropout(call: KnownCall) -> Any:
     """While training the zeros stay, except in an alpha dropout."""
     x = call.first()
-    if call.module is not None:
-        active = call.module.training
-    else:
-        active = bool(call.get(2, "training", "train", default=True))
+    asked = call.get(2, "training", "train", default=True)
+    active = bool(asked) if call.module is None else call.module.training
     if active and "alpha" in call.name:
         return call.nothing()
     return Known.where(x.shape, x.zero if active else x.sure, x.wide)
@@ -123,7 +120,7 @@ def _filled(value: float | None) -> Rule:
 
     def rule(call: KnownCall) -> Any:
         number = value if value is not None else call.get(2 if call.name == "new_full" else 1, "fill_value")
-        if not isinstance(number, (int, float)) or call.sized and value is None:
+        if not isinstance(number, (int, float)) or (call.sized and value is None):
             return call.nothing()
         return pytree.tree_map_only(torch.Tensor, lambda t: Known.filled(t.shape, float(number)), call.out)
 
@@ -165,14 +162,16 @@ def _glu(call: KnownCall) -> Any:
 
 
 def _norm(first: int) -> Rule:
-    """Norms that end in ``weight`` and ``bias``, the weight at position ``first``. A channel whose weight is zero is its
-    bias whatever comes in; a batch norm on fixed statistics is a map of each channel besides."""
+    """Norms that end in ``weight`` and ``bias``, the weight at position ``first``. A channel whose weight is zero is
+    its bias whatever comes in; a batch norm on fixed statistics is a map of each channel besides."""
 
     def rule(call: KnownCall) -> Any:
         x, weight, bias = call.first(), call.get(first, "weight"), call.get(first + 1, "bias")
         rank = len(x.shape)
         parameters = [p for p in (weight, bias) if isinstance(p, Known)]
-        if not all(p.all for p in parameters) or rank == _UNBATCHED.get(type(call.module)):
+        if not all(p.all for p in parameters) or any(
+            type(call.module) is kind and rank == r for kind, r in _UNBATCHED.items()
+        ):
             return call.nothing()
 
         def wide(p: Any, otherwise: float) -> torch.Tensor:
@@ -188,7 +187,7 @@ def _norm(first: int) -> Rule:
             mean, var = call.get(1, "running_mean"), call.get(2, "running_var")
             if not (isinstance(mean, Known) and isinstance(var, Known) and mean.all and var.all):
                 return call.nothing()
-            eps = getattr(call.module, "eps", None) if call.module is not None else call.get(7, "eps", default=1e-5)
+            eps = call.get(7, "eps", default=1e-5) if call.module is None else float(call.module.eps)  # type: ignore[arg-type]
             slope = scale / torch.sqrt(wide(var, 1.0) + eps)
             value = torch.where(off, shift, slope * (x.wide - wide(mean, 0.0)) + shift)
             off = off | x.sure
@@ -252,10 +251,8 @@ def _mean(call: KnownCall) -> Any:
     x, dims = call.first(), call.reduced()
     if not x.any or not x.shape or not isinstance(call.out, torch.Tensor):
         return call.nothing()
-    if call.name in ("sum", "nansum"):
-        sure = x.zero
-    else:
-        sure = x.sure if all(x.sure.shape[d] == 1 for d in dims) else x.zero
+    even = "sum" not in call.name and all(x.sure.shape[d] == 1 for d in dims)
+    sure = x.sure if even else x.zero
     sure, value = sure.all(dims, keepdim=True) if dims else sure, x.wide.amax(dims, keepdim=True) if dims else x.wide
     if call.out.dim() != len(x.shape):
         kept = [s for d, s in enumerate(sure.shape) if d not in dims]

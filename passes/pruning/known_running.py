@@ -106,9 +106,9 @@ class KnownRunner(GraphRunner):
             return dataclasses.replace(call, name=name, args=(*call.args, *rest))
         x = call.first() if len(call.tensors()) == 1 and call.args else None
         real = self.env[n.all_input_nodes[0]] if x is not None else None
-        if x is not None and x.any and isinstance(real, torch.Tensor) and isinstance(call.out, torch.Tensor):
-            if acts_elementwise(module, real) and keeps_zero(module, real):
-                zero = Known.where(x.shape, x.zero, x.wide)
+        if x is not None and isinstance(real, torch.Tensor) and isinstance(call.out, torch.Tensor):
+            zero = Known.where(x.shape, x.zero, x.wide)
+            if zero.any and acts_elementwise(module, real) and keeps_zero(module, real):
                 return dataclasses.replace(call, name="identity", run=lambda t: t, args=(zero,))
         return call
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -61,7 +62,7 @@ def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sequence[
     """Each of (``sure``, values) joined along ``dim``, along which the parts have these sizes."""
     joined = []
     for tensors in zip(*parts, strict=True):
-        small = list(torch.broadcast_shapes(*(t.select(dim, 0).shape for t in tensors)))
+        small = list(np.broadcast_shapes(*(t.select(dim, 0).shape for t in tensors)))
         joined.append(
             torch.cat([t.expand([*small[:dim], n, *small[dim:]]) for t, n in zip(tensors, sizes, strict=True)], dim)
         )
@@ -90,7 +91,7 @@ def _shuffled(call: KnownCall) -> Any:
     x, groups = call.first(), int(call.get(1, "groups", default=1))
     if not x.any:
         return call.nothing()
-    mixed = [t.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2) for t in x.expanded()]
+    mixed = [t.reshape(len(t), groups, -1, *t.shape[2:]).transpose(1, 2).flatten(1, 2) for t in x.expanded()]
     return Known.shrunk(call.out.shape, *mixed)
 
 

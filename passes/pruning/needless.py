@@ -2,39 +2,36 @@
 
 A set R of classes can go if every place where channels are used up still gives what it gave. Where a layer mixes
 channels, what the channels in R give to those that stay must be zero, or a constant that its bias can take in; where
-activations are multiplied or summed, the channels in R must be zero. Elsewhere channels keep to themselves. R is the
-largest such set: it starts with everything that may go, and what does not fit is taken out until all the rest fits.
+activations are multiplied or summed up, the channels in R must be zero. Elsewhere channels keep to themselves. R is the
+largest such set: it starts with everything that may go, and what does not fit is taken out until the rest fits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxcompress.analysis.aliasing import Aliasing
 from fxcompress.analysis.channels import ChannelGroups, Labelled
 from fxcompress.analysis.channels.arithmetic import REDUCTIONS, RULES, is_pointwise
 from fxcompress.analysis.channels.movement import RULES as MOVEMENT
-from fxcompress.passes.pruning.known import Along, Known, KnownCall
-from fxcompress.passes.pruning.known_running import KnownRunner
+from fxcompress.passes.pruning.known import Known, KnownCall
 from fxcompress.passes.pruning.mixing import MIXES, Mix
+from fxcompress.passes.pruning.readers import Ids, Mask, Reader, alike, obstacle_to_bias
+from fxcompress.passes.pruning.sizes import first_input
 from fxcompress.passes.pruning.used_sizes import sizes_as_numbers
 
 __all__ = ["Fold", "Needless", "find_needless"]
 
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
-_PRODUCTS = frozenset("matmul mm bmm mv dot rmatmul".split())
-_KEEPS = (frozenset(RULES) | frozenset(MOVEMENT) | {"embedding", "setitem"}) - REDUCTIONS
+_KEEPS_APART = (frozenset(RULES) | frozenset(MOVEMENT) | {"embedding", "setitem"}) - REDUCTIONS - {"normalize"}
+"""Functions in which channels keep to themselves, or whose channels are not exact anyway."""
 _PLACED = frozenset(("tril", "triu"))
-_ASKS = frozenset("size dim numel shape ndim ndimension device dtype check_input stride".split())
+_HARMLESS_IF_ZERO = frozenset(("sum", "nansum", "norm", "normalize"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +40,7 @@ class Fold:
 
     Attributes:
         channels: how many constants.
-        shift: by how much each output grows, of those too that go.
+        shift: by how much each output grows; of those too that go.
     """
 
     channels: int
@@ -56,75 +53,40 @@ class Needless:
 
     Attributes:
         removed: of each class, whether it goes.
+        zero: whether it goes and something counts on its being zero.
+        constant: whether it goes and a bias takes it in.
         folds: what is to be added to biases.
-        zero: of each class, whether something counts on its being zero.
-        constant: of each class, whether a bias takes it in.
-        refusals: layers that would have been rid of channels, and why they are not.
+        refusals: calls that stand in the way of constants, and why.
     """
 
     removed: Mask
-    folds: Mapping[nn.Module, Fold]
     zero: Mask
     constant: Mask
+    folds: Mapping[nn.Module, Fold]
     refusals: Mapping[fx.Node, str]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Reader:
-    """A call of a layer that mixes channels.
-
-    Attributes:
-        node, call: the call.
-        entering, leaving: the classes of the channels that come in and go out.
-        mix: the layer; ``None`` if its parameters are no constants.
-        x: what is sure of what comes in, at every call of the layer alike.
-        obstacle: why its bias can take nothing in; empty if it can.
-    """
-
-    node: fx.Node
-    call: KnownCall
-    entering: Ids
-    leaving: Ids
-    mix: Mix | None
-    x: Along
-    obstacle: str
-
-    def needed(self, removed: Mask) -> Mask:
-        """Which of the channels that come in and are to go are of use to those that stay, by weights that are not 0."""
-        going = removed[self.entering]
-        if self.mix is None:
-            return going
-        groups, outputs, inputs = self.mix.weight.shape[:3]
-        stays = torch.from_numpy(~removed[self.leaving]).reshape(groups, outputs, 1)
-        used = torch.zeros(groups, inputs, dtype=torch.bool)
-        columns = torch.from_numpy(going).reshape(groups, inputs).any(0).nonzero().flatten()
-        used[:, columns] = ((self.mix.weight[:, :, columns] != 0).any(-1) & stays).any(1)
-        return going & used.flatten().numpy()
-
-    def misses(self, removed: Mask) -> Mask:
-        """Those that it could not do without."""
-        harmless = self.x.zero if self.obstacle else self.x.zero | self.x.sure
-        return self.needed(removed) & ~harmless.numpy()
-
-
-def find_needless(gm: fx.GraphModule, groups: ChannelGroups, runner: KnownRunner, aliasing: Aliasing) -> Needless:
+def find_needless(
+    gm: fx.GraphModule, groups: ChannelGroups, calls: Mapping[fx.Node, KnownCall], aliasing: Aliasing
+) -> Needless:
     """What ``gm`` can do without.
 
     Args:
         gm: the graph.
         groups: its channels.
-        runner: what is sure of its values.
+        calls: its calls, with what is sure of their arguments.
         aliasing: what is shared in it.
     """
-    return _Search(gm, groups, runner, aliasing).run()
+    return _Search(gm, groups, calls, aliasing).run()
 
 
 class _Search:
-    def __init__(self, gm: fx.GraphModule, groups: ChannelGroups, runner: KnownRunner, aliasing: Aliasing) -> None:
-        self.gm, self.groups, self.aliasing = gm, groups, aliasing
-        self.calls: Mapping[fx.Node, KnownCall] = runner.calls
-        self.removed = np.zeros(groups.classes, dtype=np.bool_)
-        self.zero = np.zeros(groups.classes, dtype=np.bool_)
+    def __init__(
+        self, gm: fx.GraphModule, groups: ChannelGroups, calls: Mapping[fx.Node, KnownCall], aliasing: Aliasing
+    ) -> None:
+        self.gm, self.groups, self.calls, self.aliasing = gm, groups, calls, aliasing
+        self.removed: Mask = np.zeros(groups.classes, dtype=np.bool_)
+        self.zero: Mask = np.zeros(groups.classes, dtype=np.bool_)
         self.refusals: dict[fx.Node, str] = {}
 
     def run(self) -> Needless:
@@ -132,148 +94,150 @@ class _Search:
             self.removed[group.classes] = group.exact
         for classes in sizes_as_numbers(self.gm, self.groups):
             self.removed[classes] = False
+        readers = []
         for node, call in self.calls.items():
-            self._keep_fixed(node, call)
-        readers = self._readers()
-        before = self.removed.copy()
+            if call.name in MIXES:
+                readers.append(self._reader(node, call))
+            elif any(x.maps for source in node.all_input_nodes for x in self._labelled(source)):
+                self._keep_what_counts(node, call)
+        readers = alike(readers)
+        wanted = self.removed.copy()
         self._shrink(readers)
         while full := [g for g in self.groups.groups if self.removed[g.classes].all()]:
             self.removed[[g.classes[0] for g in full]] = False
             self._shrink(readers)
-        return self._result(readers, before)
+        return self._result(readers, wanted)
 
-    def _shrink(self, readers: Sequence[_Reader]) -> None:
+    def _shrink(self, readers: Sequence[Reader]) -> None:
+        """Take out what does not fit until all the rest fits."""
         changed = True
         while changed:
             changed = False
             for reader in reversed(readers):
-                missed = reader.entering[reader.misses(self.removed)]
-                if len(missed):
-                    self.removed[missed] = False
-                    changed = True
+                missed = reader.misses(self.removed)
+                self.removed[reader.entering[missed]] = False
+                changed = changed or bool(missed.any())
 
-    def _result(self, readers: Sequence[_Reader], before: Mask) -> Needless:
+    def _result(self, readers: Sequence[Reader], wanted: Mask) -> Needless:
         folds: dict[nn.Module, Fold] = {}
         constant = np.zeros_like(self.removed)
         for reader in readers:
-            needed = reader.needed(self.removed)
-            self.zero[reader.entering[needed & reader.x.zero.numpy()]] = True
-            taken = needed & ~reader.x.zero.numpy()
-            if taken.any():
-                assert reader.mix is not None, "without weights nothing can be taken in"
-                assert reader.call.module is not None, "only modules take something in"
-                constant[reader.entering[taken]] = True
-                shift = reader.mix.constant_part(torch.where(torch.from_numpy(taken), reader.x.value, 0.0))
-                folds[reader.call.module] = Fold(int(taken.sum()), shift)
-            self._refuse(reader, before)
-        return Needless(self.removed, folds, self.zero & self.removed, constant, self.refusals)
+            uses, takes = reader.uses(self.removed), reader.takes_in(self.removed)
+            self.zero[reader.entering[uses & ~takes]] = True
+            if takes.any():
+                assert reader.mix is not None, "or there would be an obstacle"
+                assert reader.module is not None, "or there would be an obstacle"
+                constant[reader.entering[takes]] = True
+                shift = reader.mix.constant_part(torch.where(torch.from_numpy(takes), reader.x.value, 0.0))
+                folds[reader.module] = Fold(int(takes.sum()), shift)
+            if reader.obstacle:
+                self._refuse(reader, wanted)
+        return Needless(self.removed, self.zero & self.removed, constant, folds, self.refusals)
 
-    def _refuse(self, reader: _Reader, before: Mask) -> None:
-        if not reader.obstacle:
-            return
-        stuck = reader.needed(before & ~self.removed | self.removed) & (reader.x.sure & ~reader.x.zero).numpy()
-        count = len(np.unique(reader.entering[stuck & ~self.removed[reader.entering]]))
-        if count:
-            self.refusals[reader.node] = f"{count} of the channels it reads are constants, but {reader.obstacle}"
+    def _refuse(self, reader: Reader, wanted: Mask) -> None:
+        trial = self.removed.copy()
+        trial[reader.entering[reader.x.sure.numpy()]] = True
+        stuck = np.unique(reader.entering[reader.takes_in(trial & wanted) & reader.x.sure.numpy()])
+        if len(stuck):
+            reason = f"{len(stuck)} of the channels that it reads are constant, but {reader.obstacle}"
+            self.refusals[reader.node] = reason
 
-    # ------------------------------------------------------------------------------------------------- one call
-    def _classes(self, value: Any, dim: int) -> Ids:
-        """The class of each index along ``dim``."""
-        x: Labelled = value
-        m = x.about(dim % len(x.shape)) if isinstance(x, Labelled) else None
+    # ------------------------------------------------------------------------------------------------- labels
+    def _labelled(self, node: fx.Node) -> list[Labelled]:
+        leaves = pytree.tree_leaves(self.groups.found[node], is_leaf=lambda v: isinstance(v, Labelled))
+        return [x for x in leaves if isinstance(x, Labelled)]
+
+    def _along(self, x: Labelled, dim: int) -> Ids:
+        """The class that each index along ``dim`` goes with; 0 where nothing goes."""
+        m = x.about(dim) if x.shape else None
         if m is None:
-            return np.zeros(x.shape[dim] if isinstance(x, Labelled) else 1, dtype=np.int64)
-        roots = np.moveaxis(self.groups.classes_of(m.ids), dim % len(x.shape), 0)
-        rows = roots.reshape(len(roots), -1)
-        for index in np.flatnonzero((rows != rows[:, :1]).any(1)):  # several things at one place: none of them goes
-            self.removed[rows[index]] = False
+            return np.zeros(x.shape[dim] if x.shape else 1, dtype=np.int64)
+        roots = self.groups.classes_of(m.ids)
+        rows = np.moveaxis(roots, dim, 0).reshape(roots.shape[dim], -1)
+        if rows.shape[1] == 1:
+            return rows[:, 0]
+        if (rows == rows[:1]).all():  # it goes along another dimension
+            return np.zeros(len(rows), dtype=np.int64)
+        self._keep(rows[(rows != rows[:, :1]).any(1)])  # several at one index: none of them goes
         return rows[:, 0]
 
-    def _all_classes(self, value: Any) -> Iterator[Ids]:
-        for x in _labelled(value):
-            for m in x.maps:
-                yield self.groups.classes_of(m.ids).ravel()
+    def _keep(self, classes: Ids) -> None:
+        self.removed[classes.ravel()] = False
 
-    def _keep(self, node: fx.Node) -> None:
+    def _keep_all(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            for classes in self._all_classes(self.groups.found[source]):
-                self.removed[classes] = False
+            for x in self._labelled(source):
+                for m in x.maps:
+                    self._keep(self.groups.classes_of(m.ids))
 
-    def _keep_fixed(self, node: fx.Node, call: KnownCall) -> None:
+    # ------------------------------------------------------------------------------------------------- one call
+    def _reader(self, node: fx.Node, call: KnownCall) -> Reader:
+        x, weight = self.groups.found[first_input(node)], call.get(1, "weight")
+        dim = len(x.shape) - len(weight.shape) + 1
+        entering, leaving = self._along(x, dim), self._along(self.groups.found[node], dim)
+        mix = Mix.of(call)
+        obstacle = obstacle_to_bias(call, mix, self.aliasing)
+        return Reader(node, call.module, entering, leaving, mix, call.first().along(dim), obstacle)
+
+    def _keep_what_counts(self, node: fx.Node, call: KnownCall) -> None:
         """Keep what ``node`` counts on, whatever else goes."""
-        name, found = call.name, self.groups.found
-        labelled = [x for source in node.all_input_nodes for x in _labelled(found[source])]
-        if name in MIXES or not any(x.maps for x in labelled) or (name in _ASKS and not _labelled(found[node])):
-            return
+        name, outs = call.name, self._labelled(node)
         if name == "batch_norm" and _is_training(call):
             self.refusals[node] = "it is in training mode; call model.eval() first"
-            self._keep(node)
-        elif name in _PRODUCTS and name in ("matmul", "mm", "bmm") and len(node.args) == 2:
-            self._keep_product(node, call)
+            self._keep_all(node)
+        elif name in ("matmul", "mm", "bmm") and len(call.tensors()) == len(call.args) == 2:
+            left, right = call.tensors()
+            x, y = (self.groups.found[source] for source in node.args if isinstance(source, fx.Node))
+            self._keep_products([(x, left, -1), (y, right, max(-2, -len(right.shape)))])
         elif name == "scaled_dot_product_attention":
             self._keep_attention(node, call)
-        elif name in REDUCTIONS and not (name in ("max", "min") and len(labelled) > 1):
-            for d in call.reduced():
-                self._keep_unless_zero(labelled[0], call.first(), d, only=name in ("sum", "nansum"))
-        elif not self._keeps_apart(node, name):
-            self._keep(node)
+        elif name in REDUCTIONS and len(call.tensors()) == 1:
+            self._keep_unless_zero(node, call, call.reduced())
+        elif name == "normalize":
+            self._keep_unless_zero(node, call, call.dims(call.get(2, "dim", default=1)))
+        elif not (outs or _tells_no_value(name)) or not self._keeps_apart(node, name, outs):
+            self._keep_all(node)
 
-    def _keeps_apart(self, node: fx.Node, name: str) -> bool:
+    def _keeps_apart(self, node: fx.Node, name: str, outs: Sequence[Labelled]) -> bool:
         """Whether channels keep to themselves in the call."""
-        if name in _KEEPS or (is_pointwise(name) and name not in _PLACED):
+        if not outs or name in _KEEPS_APART or (is_pointwise(name) and name not in _PLACED):
             return True
-        found = self.groups.found
-        ins, outs = _labelled(found[node.all_input_nodes[0]]), _labelled(found[node])
+        ins = self._labelled(node.all_input_nodes[0])  # a module that acts element by element, as was found by trial
         return len(ins) == len(outs) == 1 and outs[0].maps is ins[0].maps
 
-    def _keep_unless_zero(self, x: Labelled, known: Known, dim: int, only: bool = True) -> None:
-        """Keep classes along ``dim`` that may be other than zero; all, if not ``only`` those."""
-        m = x.about(dim % len(x.shape)) if x.shape else None
-        if m is None:
-            return
-        classes = self.groups.classes_of(m.ids)
-        if not only:
-            self.removed[classes.ravel()] = False
-            return
-        along = self._classes(x, dim)
-        zero = known.along(dim % len(x.shape)).zero.numpy()
-        self.removed[along[~zero]] = False
-        self.zero[along[zero]] = True
+    def _keep_unless_zero(self, node: fx.Node, call: KnownCall, dims: Sequence[int]) -> None:
+        x = self.groups.found[first_input(node)]
+        for dim in dims:
+            if call.name in _HARMLESS_IF_ZERO:
+                self._keep_products([(x, call.first(), dim)])
+            else:
+                self._keep(self._along(x, dim))
 
-    def _keep_product(self, node: fx.Node, call: KnownCall) -> None:
-        pairs = []
-        for source, known, dim in zip(node.args, call.args, (-1, -2), strict=True):
-            if not isinstance(source, fx.Node) or not isinstance(known, Known):
-                return self._keep(node)
-            pairs.append((self.groups.found[source], known, dim if len(known.shape) > 1 else -1))
-        zero = np.logical_or(*(known.along(dim % len(known.shape)).zero.numpy() for _, known, dim in pairs))
-        for x, _, dim in pairs:
-            classes = self._classes(x, dim)
-            self.removed[classes[~zero]] = False
+    def _keep_products(self, factors: Sequence[tuple[Labelled, Known, int]]) -> None:
+        """Each of ``factors``, which are multiplied, is summed over a dimension: keep what is not zero in any."""
+        zero = np.logical_or.reduce([known.along(dim % len(known.shape)).zero.numpy() for _, known, dim in factors])
+        for x, _, dim in factors:
+            classes = self._along(x, dim % len(x.shape))
+            self._keep(classes[~zero])
             self.zero[classes[zero]] = True
-        return None
 
     def _keep_attention(self, node: fx.Node, call: KnownCall) -> None:
-        """Along what queries and keys have in common, and along places, nothing is lost unless both are kept."""
-        given = {"query": 0, "key": 1, "value": 2, "attn_mask": 3}
-        dims = {"query": (-1,), "key": (-1, -2), "value": (-2,), "attn_mask": (-1,)}
-        for name, position in given.items():
-            source = node.args[position] if position < len(node.args) else node.kwargs.get(name)
-            if not isinstance(source, fx.Node):
-                continue
-            x = self.groups.found[source]
-            for dim in dims[name]:
-                if len(x.shape) >= -dim:
-                    m = x.about(dim % len(x.shape))
-                    if m is not None:
-                        self._keep_unzero_attention(name, dim, x, call)
+        """Sums over what queries and keys have in common, and over the places of keys, values and the mask."""
+        given = {name: call.get(i, name) for i, name in enumerate(("query", "key", "value", "attn_mask"))}
+        sources = {name: node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(given)}
+        labels = {k: self.groups.found[v] for k, v in sources.items() if isinstance(v, fx.Node)}
+        self._keep_products([(labels[k], given[k], -1) for k in ("query", "key")])
+        for name, dim in (("key", -2), ("value", -2), ("attn_mask", -1)):
+            if name in labels:
+                self._keep(self._along(labels[name], dim % len(labels[name].shape)))
 
-    def _keep_unzero_attention(self, name: str, dim: int, x: Labelled, call: KnownCall) -> None:
-        query, key = call.get(0, "query"), call.get(1, "key")
-        if dim == -1 and name in ("query", "key"):
-            zero = query.along(len(query.shape) - 1).zero | key.along(len(key.shape) - 1).zero
-            classes = self._classes(x, -1)
-            self.removed[classes[~zero.numpy()]] = False
-            self.zero[classes[zero.numpy()]] = True
-        else:
-            self._keep_unless_zero(x, Known.nothing(x.shape), dim, only=False)
+
+def _is_training(call: KnownCall) -> bool:
+    if call.module is not None:
+        return call.module.training
+    return bool(call.get(5, "training", default=False)) and isinstance(call.get(1, "running_mean"), Known)
+
+
+def _tells_no_value(name: str) -> bool:
+    """Whether it is a question about the sizes or the kind of a tensor."""
+    return name in ("size", "dim", "numel", "shape", "ndim", "ndimension", "device", "dtype", "check_input", "stride")

@@ -74,6 +74,10 @@ class PruneChannels(Pass):
                 f"there is no importance {self.importance!r}; did you mean {near!r}? There are {', '.join(IMPORTANCES)}"
             )
 
+    def reads_calibration(self) -> bool:
+        """See :meth:`Pass.reads_calibration`."""
+        return self._importance().needs_data
+
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`: some importances need calibration data."""
         self._importance().requires(context)
@@ -87,10 +91,16 @@ class PruneChannels(Pass):
         score = self._importance().scorer(context, dataclasses.replace(groups, groups=tuple(chosen)))
         selection = Selection([self._candidate(g, score(g).numpy()) for g in chosen])
         kept = np.ones(groups.classes, dtype=np.bool_)
-        kept[selection.removed(self._counts(context, groups, selection))] = False
+        counts = self._counts(context, groups, selection)
+        kept[selection.removed(counts)] = False
         surgery = Surgery(context.gm, groups, kept)
         for node in surgery.nodes():
             yield Site(node, surgery)
+        for frozen in groups.frozen:
+            yield Refusal(frozen.node, f"{frozen.channels} channels stay: {frozen.reason}")
+        for candidate in selection.floored(counts):
+            group = candidate.group
+            yield Refusal(group.node, f"no more of the channels of {group.name!r} go: min_channels={self.min_channels}")
 
     def rewrite(self, site: Site) -> Mapping[str, Any] | None:
         """See :meth:`Pass.rewrite`."""
@@ -115,7 +125,7 @@ class PruneChannels(Pass):
     def _candidate(self, group: Group, scores: np.ndarray) -> Candidate:
         order = np.argsort(scores, kind="stable")
         fixed = next((r for pattern, r in self.per_layer.items() if _matches(group, [pattern])), None)
-        width = max(int((m.units >= 0).sum()) // group.channels for m in group.members if m.produces)
+        width = max((int((m.units >= 0).sum()) // group.channels for m in group.members if m.produces), default=1)
         step = self.round_to // np.gcd(self.round_to, max(width, 1))
         return Candidate(group, order, scores[order], self._cluster(group), fixed, self.min_channels, int(step))
 

@@ -69,6 +69,11 @@ class Selection:
             int(np.searchsorted(c.scores, ranked[number - 1], side="right")) if len(ranked) > len(c.scores) else number
         )
 
+    def floored(self, counts: Sequence[int]) -> list[Candidate]:
+        """Those of which ``counts`` leaves no more than must stay."""
+        pairs = zip(self.candidates, counts, strict=True)
+        return [c for c, n in pairs if n > 0 and c.group.channels - n <= c.least]
+
     def removed(self, counts: Sequence[int]) -> np.ndarray:
         """The classes that go."""
         found = [c.group.classes[c.order[:n]] for c, n in zip(self.candidates, counts, strict=True)]

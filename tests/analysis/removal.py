@@ -102,4 +102,3 @@ def check_removal(
             error = relative_error(expected, found)
             assert error <= tolerance, f"off by {error:.1e} without {int((~kept).sum())} classes of\n{groups}"
     return int((~kept).sum())
-

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.analysis.channels.call import Call, Rule
 from fxcompress.analysis.channels.labels import Grouping, Labelled
 
-__all__ = ["RULES", "is_pointwise", "pointwise"]
+__all__ = ["REDUCTIONS", "RULES", "is_pointwise", "pointwise"]
 
 
 # ------------------------------------------------------------------------------------------------- element by element
@@ -82,7 +82,7 @@ def _stays_zero(call: Call, zeros: list[bool]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- reductions
-_REDUCTIONS = frozenset(
+REDUCTIONS = frozenset(
     """
     sum nansum mean nanmean amax amin max min prod std var norm vector_norm logsumexp argmax argmin any all median
     nanmedian count_nonzero std_mean var_mean aminmax mode
@@ -234,7 +234,7 @@ _SPATIAL = """
 
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_REDUCTIONS, _reduction),
+    **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(("softmax", "log_softmax", "softmin", "gumbel_softmax"), _along_dim(1)),
     "normalize": _along_dim(2, 1, zero=True),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"), _along_dim(1, frozen=True)),

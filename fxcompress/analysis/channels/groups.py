@@ -65,12 +65,14 @@ class Group:
 
     Attributes:
         name: path of the first layer that makes them.
+        node: the first node that makes any of them.
         classes: the class of each channel, in the order of the first layer; of shape ``(channels,)``.
         members: the parameters that lose a slice with each channel.
         exact: whether removing channels is the same as setting all that belongs to them to zero.
     """
 
     name: str
+    node: fx.Node
     classes: Ids
     members: tuple[Member, ...]
     exact: bool
@@ -88,8 +90,9 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Channels of one layer that may not go, and why."""
+    """Channels of one layer, which ``node`` calls, that may not go, and why."""
 
+    node: fx.Node
     module: str
     channels: int
     reason: str
@@ -235,11 +238,12 @@ class _Builder:
                 self.atoms.freeze(v[:1], f"all of dimension {dim} of {names[0] if names else 'a tensor'} goes together")
 
     def _made(self, roots: Ids) -> Mask:
-        """Of each class, whether it has a channel that a layer makes."""
-        made = np.zeros(len(roots), dtype=np.bool_)
-        for vectors in self.runner.produced.values():
-            for v in vectors:
-                made[roots[v]] = True
+        """Of each class, whether it has a channel that a layer makes; which node is the first is kept."""
+        self._nodes, self._makers = list(self.runner.produced), np.full(len(roots), -1)
+        for i in reversed(range(len(self._nodes))):
+            for v in self.runner.produced[self._nodes[i]]:
+                self._makers[roots[v]] = i
+        made = self._makers >= 0
         made[FIXED] = False
         return made
 
@@ -276,7 +280,9 @@ class _Builder:
         number = np.full(count, -1)
         number[ordered] = np.arange(len(ordered))
         members = tuple(Member(b, number[b.classes], (id(b.tensor), b.dim) in produced) for b in bindings)
-        return Group(_owner(lead.names[0]), ordered, members, exact)
+        makers = self._makers[ordered]
+        node = self._nodes[int(makers[makers >= 0].min())]
+        return Group(_owner(lead.names[0]), node, ordered, members, exact)
 
     def _producing(self, bindings: Sequence[Binding]) -> set[tuple[int, int]]:
         """The tensors (by identity) and dimensions whose own atoms are the channels that a layer makes."""
@@ -297,4 +303,4 @@ class _Builder:
                 for reason in np.unique(why[why != -1]):
                     text = "made without a parameter" if reason == -2 else self.atoms.reasons[reason]
                     name = str(node.target) if node.op == "call_module" else node.name
-                    yield Frozen(name, int((why == reason).sum()), text)
+                    yield Frozen(node, name, int((why == reason).sum()), text)
