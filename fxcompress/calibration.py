@@ -14,7 +14,7 @@ from fxcompress.errors import FxCompressError, PassError, UsageError
 from fxcompress.examples import check_fits, map_tensors
 from fxcompress.pass_base import Example, Observation, Observer
 
-__all__ = ["Batches", "as_batches", "check_batch", "collect"]
+__all__ = ["Batches", "as_batches", "check_batch", "checked", "collect"]
 
 
 class Batches:
@@ -107,6 +107,18 @@ def check_batch(gm: fx.GraphModule, batch: Example, index: int) -> None:
         check_fits(gm, batch)
     except UsageError as error:
         raise UsageError(f"batch {index} of the calibration data: {error}") from error
+
+
+def checked(gm: fx.GraphModule, batches: Iterable[Example]) -> list[Example]:
+    """All batches, for who needs them at once.
+
+    Raises:
+        UsageError: one does not fit the graph, or there are none.
+    """
+    data = list(batches)
+    for index, batch in enumerate(data):
+        check_batch(gm, batch, index)
+    return data
 
 
 def _kinds(items: Iterable[Any]) -> str:

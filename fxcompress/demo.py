@@ -1,8 +1,8 @@
 """The main job on real input: compress a trained ImageNet classifier and look at what became of it.
 
 :func:`run` does the work and returns a :class:`DemoResult`, whose ``str()`` is what ``fxcompress demo`` prints.
-:data:`PASSES` is the list of passes; a new technique joins the demo by a line there. For the model and the photographs
-see :mod:`fxcompress.demo_inputs`.
+:data:`VARIANTS` says which passes make which result; a new technique joins the demo by a line there. For the model and
+the photographs see :mod:`fxcompress.demo_inputs`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import io
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,24 +20,34 @@ from torch import nn
 
 import fxcompress
 from fxcompress.analysis.latency import Latency, compare_latency
-from fxcompress.demo_inputs import class_names, load_model, load_photos, preprocess
+from fxcompress.demo_inputs import class_names, crops, load_model, load_photos, preprocess
 from fxcompress.errors import TraceWarning
 from fxcompress.progress import Event
 from fxcompress.report import Report
 
-__all__ = ["PASSES", "STAGES", "DemoResult", "Prediction", "classify", "run", "saved_bytes", "time_compiled"]
-
-PASSES: tuple[str, ...] = ("remove-identity", "fold-batch-norm")
-
-STAGES = (
-    "load",
-    "compress",
+__all__ = [
+    "STAGES",
+    "VARIANTS",
+    "DemoResult",
+    "Outcome",
+    "Prediction",
     "classify",
-    "time eager",
-    "torch.compile original",
-    "torch.compile result",
-    "time torch.compile",
-)
+    "run",
+    "saved_bytes",
+    "time_compiled",
+]
+
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "folded": ("remove-identity", "fold-batch-norm"),
+    "pruned": ("remove-identity", "prune-channels:ratio=0.2,measure=macs,reconstruct=True", "fold-batch-norm"),
+}
+"""Name of a result -> the passes that make it, in order."""
+
+ORIGINAL = "original"
+
+CALIBRATION_CROPS, HELD_OUT_CROPS, BATCH = 64, 128, 16
+
+STAGES = ("load", "compress", "classify", "time eager", "torch.compile", "time torch.compile")
 
 Tell = Callable[[str, str], None]
 """Is told the stage that goes on now, one of :data:`STAGES`, and a detail of it (may be empty)."""
@@ -72,83 +82,110 @@ def saved_bytes(model: nn.Module) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is known of one model, the original or a result.
+
+    Attributes:
+        predictions: the class of each photo, in order.
+        agreement: the fraction of held-out crops whose class is that which the original gives.
+        logit_error: largest difference of a logit of a held-out crop, relative to the original's largest logit.
+        size: bytes of the saved state dict.
+        eager: latency of one photo.
+        compiled: the same under ``torch.compile``, if it was measured.
+    """
+
+    predictions: tuple[Prediction, ...]
+    agreement: float
+    logit_error: float
+    size: int
+    eager: Latency
+    compiled: Latency | None
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoResult:
     """What the demo found; ``str()`` is the text that ``fxcompress demo`` prints.
 
     Attributes:
-        report: what each pass did.
-        predictions: for each photo, the classes before and after.
-        logit_error: largest difference of a logit, relative to the largest logit.
-        size: bytes of the saved state dict, of the original and the result.
-        eager: latency of one photo, of the original and the result.
-        compiled: the same under ``torch.compile``, or the reason why there is no number.
+        photos: their names.
+        reports: what each pass did, for each variant.
+        outcomes: the original, then each variant.
+        not_compiled: why there are no latencies under ``torch.compile``; empty if there are.
         environment: versions and threads.
     """
 
-    report: Report
-    predictions: dict[str, tuple[Prediction, Prediction]]
-    logit_error: float
-    size: tuple[int, int]
-    eager: dict[str, Latency]
-    compiled: dict[str, Latency] | str
+    photos: tuple[str, ...]
+    reports: dict[str, Report]
+    outcomes: dict[str, Outcome]
+    not_compiled: str
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON; latencies in seconds."""
-        compiled = self.compiled
         return {
             "model": "efficientnet-lite0",
             "environment": self.environment,
-            "report": self.report.to_dict(),
-            "photos": {
-                photo: {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}
-                for photo, (before, after) in self.predictions.items()
-            },
-            "logit_error": self.logit_error,
-            "state_dict_bytes": dict(zip(("original", "result"), self.size, strict=True)),
-            "latency_eager": {name: dataclasses.asdict(value) for name, value in self.eager.items()},
-            "latency_compiled": compiled
-            if isinstance(compiled, str)
-            else {name: dataclasses.asdict(value) for name, value in compiled.items()},
+            "photos": list(self.photos),
+            "reports": {name: report.to_dict() for name, report in self.reports.items()},
+            "outcomes": {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()},
+            "not_compiled": self.not_compiled,
         }
 
     def __str__(self) -> str:
-        photos = [(photo, str(before), str(after)) for photo, (before, after) in self.predictions.items()]
-        changed = sum(before.label != after.label for before, after in self.predictions.values())
+        labels = zip(*(outcome.predictions for outcome in self.outcomes.values()), strict=True)
+        photos = [(photo, *map(str, row)) for photo, row in zip(self.photos, labels, strict=True)]
         environment = ", ".join(f"{name} {value}" for name, value in self.environment.items())
+        parts = ["EfficientNet-Lite0 with its ImageNet weights"]
+        for name, report in self.reports.items():
+            parts += ["", f"{name}:", str(report)]
         return "\n".join(
             [
-                "EfficientNet-Lite0 with its ImageNet weights",
+                *parts,
                 "",
-                str(self.report),
+                tabulate(photos, headers=("photo", *self.outcomes), disable_numparse=True),
                 "",
-                tabulate(photos, headers=("photo", "top-1 before", "top-1 after"), disable_numparse=True),
-                f"{changed} of {len(photos)} labels changed; largest difference of a logit: {self.logit_error:.1e} "
-                "of the largest logit",
-                "",
-                tabulate(self._costs(), headers=("", "original", "result", ""), disable_numparse=True),
+                tabulate(self._rows(), headers=_HEADERS, disable_numparse=True),
+                f"same class: as the original, of {HELD_OUT_CROPS} other crops of the photos than the passes were shown; logit "
+                "error: relative to the largest logit",
                 f"latency of one photo: median +- interquartile range; {environment}",
-                *([f"torch.compile was not measured: {self.compiled}"] if isinstance(self.compiled, str) else []),
+                *([f"torch.compile was not measured: {self.not_compiled}"] if self.not_compiled else []),
             ]
         )
 
-    def _costs(self) -> list[tuple[str, str, str, str]]:
-        before, after = self.size
-        rows = [("state dict on disk", f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", f"{after / before - 1:+.1%}")]
-        for name, times in (("latency, eager", self.eager), ("latency, torch.compile", self.compiled)):
-            if isinstance(times, str):
-                rows.append((name, "not measured", "not measured", ""))
-            else:
-                rows.append((name, str(times["original"]), str(times["result"]), _speed(times)))
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = []
+        first = self.outcomes[ORIGINAL]
+        totals = {name: report.total for name, report in self.reports.items()}
+        before = next(iter(totals.values()))
+        for name, outcome in self.outcomes.items():
+            total = totals.get(name)
+            parameters = before.parameters_before if total is None else total.parameters_after
+            macs = before.macs_before if total is None else total.macs_after
+            row = [name, f"{parameters / 1e6:.2f} M", f"{(macs or 0) / 1e6:.1f} M", f"{outcome.size / 1e6:.2f} MB"]
+            row += [f"{outcome.agreement:.1%}", f"{outcome.logit_error:.1e}"]
+            for now, then in ((outcome.eager, first.eager), (outcome.compiled, first.compiled)):
+                row.append("not measured" if now is None or then is None else f"{now}{_speed(then, now)}")
+            rows.append(tuple(row))
         return rows
 
 
-def _speed(times: dict[str, Latency]) -> str:
+_HEADERS = (
+    "",
+    "parameters",
+    "MACs",
+    "on disk",
+    "same class",
+    "logit error",
+    "latency, eager",
+    "latency, torch.compile",
+)
+
+
+def _speed(original: Latency, result: Latency) -> str:
     """The ratio of the medians, if they are further apart than the noise."""
-    original, result = times["original"], times["result"]
     if abs(original.median - result.median) <= max(original.iqr, result.iqr):
-        return "same within noise"
-    return f"{original.median / result.median:.2f}x as fast"
+        return ""
+    return f" ({original.median / result.median:.2f}x as fast)"
 
 
 def _compiler_complaint(error: Exception) -> str:
@@ -165,7 +202,7 @@ def time_compiled(
 
     compiled: dict[str, Callable[..., Any]] = {}
     for name, model in models.items():
-        tell(f"torch.compile {name}", "")
+        tell("torch.compile", name)
         compiled[name] = torch.compile(model)
         try:
             with torch.no_grad():
@@ -178,55 +215,77 @@ def time_compiled(
 
 def run(
     *,
-    passes: Sequence[str] = PASSES,
+    variants: Mapping[str, Sequence[str]] = VARIANTS,
     repeats: int = 20,
     with_torch_compile: bool = True,
     tell: Tell = _tell_nobody,
 ) -> DemoResult:
-    """Compress the demo's model and compare it with the original.
+    """Compress the demo's model in several ways and compare the results with the original.
 
     Args:
-        passes: what to run, as for :func:`fxcompress.compile`.
+        variants: name of a result -> passes, as for :func:`fxcompress.compile`.
         repeats: timed calls for each latency.
-        with_torch_compile: also time both models under ``torch.compile``, which first takes about a minute each.
+        with_torch_compile: also time the models under ``torch.compile``, which first takes about a minute each.
         tell: is told what goes on.
 
     Raises:
         UsageError: the extra ``demo`` is not installed, or ``repeats`` is below 1.
     """
     tell("load", "")
-    model, names = load_model(), class_names()
-    photos = {name: preprocess(photo) for name, photo in load_photos().items()}
-    batch = torch.stack(list(photos.values()))
+    model, names, photos = load_model(), class_names(), load_photos()
+    batch = torch.stack([preprocess(photo) for photo in photos.values()])
     example = batch[:1]
-    tell("compress", "")
-
-    def on_event(event: Event) -> None:
-        tell("compress", f"{event.pass_name or ''} {event.stage}".strip())
-
-    with warnings.catch_warnings():
-        # In training mode the network drops whole blocks too, by Python code that no graph keeps; nothing trains it.
-        warnings.simplefilter("ignore", TraceWarning)
-        result = fxcompress.compile(model, list(passes), (example,), progress=on_event)
-    tell("classify", "")
-    with torch.no_grad():
-        before, after = model(batch), result(batch)
-    pairs = zip(classify(before, names), classify(after, names), strict=True)
-    models: dict[str, nn.Module] = {"original": model, "result": result}
+    calibration = torch.split(crops(photos.values(), CALIBRATION_CROPS, seed=0), BATCH)
+    held_out = torch.split(crops(photos.values(), HELD_OUT_CROPS, seed=1), BATCH)
+    models: dict[str, nn.Module] = {ORIGINAL: model}
+    for name, passes in variants.items():
+        models[name] = _compress(name, model, passes, example, calibration, tell)
+    logits = {}
+    for name, candidate in models.items():
+        tell("classify", name)
+        with torch.no_grad():
+            logits[name] = torch.cat([candidate(part) for part in (batch, *held_out)])
     tell("time eager", "")
     eager = compare_latency(models, (example,), repeats=repeats)
     compiled: dict[str, Latency] | str = "it was left out"
     if with_torch_compile:
         compiled = time_compiled(models, example, repeats, tell)
+    outcomes = {}
+    for name in models:
+        before, after = logits[ORIGINAL][len(batch) :], logits[name][len(batch) :]
+        outcomes[name] = Outcome(
+            predictions=tuple(classify(logits[name][: len(batch)], names)),
+            agreement=(before.argmax(1) == after.argmax(1)).float().mean().item(),
+            logit_error=((after - before).abs().max() / before.abs().max()).item(),
+            size=saved_bytes(models[name]),
+            eager=eager[name],
+            compiled=None if isinstance(compiled, str) else compiled[name],
+        )
     return DemoResult(
-        report=fxcompress.report(result),
-        predictions=dict(zip(photos, pairs, strict=True)),
-        logit_error=((after - before).abs().max() / before.abs().max()).item(),
-        size=(saved_bytes(model), saved_bytes(result)),
-        eager=eager,
-        compiled=compiled,
+        photos=tuple(photos),
+        reports={name: fxcompress.report(models[name]) for name in variants},
+        outcomes=outcomes,
+        not_compiled=compiled if isinstance(compiled, str) else "",
         environment=_environment(),
     )
+
+
+def _compress(
+    name: str,
+    model: nn.Module,
+    passes: Sequence[str],
+    example: torch.Tensor,
+    calibration: Sequence[torch.Tensor],
+    tell: Tell,
+) -> nn.Module:
+    def on_event(event: Event) -> None:
+        tell("compress", f"{name}: {event.pass_name or ''} {event.stage}".strip())
+
+    tell("compress", name)
+    with warnings.catch_warnings():
+        # In training mode the network drops whole blocks too, by Python code that no graph keeps; nothing trains it.
+        warnings.simplefilter("ignore", TraceWarning)
+        return fxcompress.compile(model, list(passes), (example,), calibration=calibration, progress=on_event)
 
 
 def _environment() -> dict[str, Any]:

@@ -8,7 +8,8 @@ extra ``demo``; nothing is downloaded at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,9 @@ from fxcompress.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy
+    from PIL import Image
 
-__all__ = ["class_names", "load_model", "load_photos", "preprocess"]
+__all__ = ["class_names", "crops", "load_model", "load_photos", "preprocess"]
 
 IMAGE_SIZE = 224
 CROP_MARGIN = 32
@@ -107,11 +109,46 @@ def preprocess(photo: numpy.ndarray) -> torch.Tensor:
         UsageError: the extra ``demo`` is not installed.
     """
     with _demo_extra():
-        import numpy
         from PIL import Image
     image = Image.fromarray(photo).convert("RGB")
     side = int(IMAGE_SIZE / (IMAGE_SIZE + CROP_MARGIN) * min(image.size))
     left, top = ((length - side + 1) // 2 for length in image.size)
+    return _pixels(image, left, top, side)
+
+
+def crops(photos: Iterable[numpy.ndarray], count: int, seed: int) -> torch.Tensor:
+    """Random squares of the photos in turn, half to all of the shorter side long, every other one mirrored.
+
+    Args:
+        photos: as :func:`load_photos` gives them.
+        count: how many crops.
+        seed: crops of another seed are others.
+
+    Returns:
+        float32 of shape ``(count, 3, 224, 224)``, normalised as by :func:`preprocess`.
+
+    Raises:
+        UsageError: the extra ``demo`` is not installed.
+    """
+    with _demo_extra():
+        from PIL import Image
+    images = [Image.fromarray(photo).convert("RGB") for photo in photos]
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        image = images[i % len(images)]
+        side = draw.randint(min(image.size) // 2, min(image.size))
+        left, top = (draw.randint(0, length - side) for length in image.size)
+        pixels = _pixels(image, left, top, side)
+        found.append(pixels.flip(-1) if draw.random() < 0.5 else pixels)
+    return torch.stack(found)
+
+
+def _pixels(image: Image.Image, left: int, top: int, side: int) -> torch.Tensor:
+    """A square of an image, resized (bicubic) and normalised."""
+    with _demo_extra():
+        import numpy
+        from PIL import Image
     square = image.crop((left, top, left + side, top + side))
     resized = square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).float()

@@ -33,8 +33,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxcompress import editing, matching
 from fxcompress.analysis.inputs import bind_inputs
-from fxcompress.analysis.running import GraphRunner, copied, undisturbed
-from fxcompress.calibration import check_batch
+from fxcompress.analysis.running import GraphRunner, SteppedRun, copied, undisturbed
+from fxcompress.calibration import check_batch, checked
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.pass_base import Example, Guarantee, Need, Pass, PassContext, Refusal, Site
 
@@ -186,28 +186,15 @@ def _set_statistics(norm: _BatchNorm, new: _Statistics) -> None:
     norm.num_batches_tracked = torch.full_like(norm.num_batches_tracked, new.batches)
 
 
-class _Run(GraphRunner):
-    """One batch on its way through the graph, a node at a time."""
-
-    def __init__(self, gm: fx.GraphModule, batch: Example) -> None:
-        super().__init__(gm)
-        self.args_iter: Iterator[Any] = iter(copied(bind_inputs(gm, batch.args, dict(batch.kwargs))))
-
-    def step(self, node: fx.Node) -> None:
-        self.env[node] = self.run_node(node)
-        for dead in self.user_to_last_uses.get(node, ()):
-            del self.env[dead]
-
-
 def _in_sequence(
     gm: fx.GraphModule, batches: Iterable[Example], wanted: Mapping[fx.Node, _BatchNorm]
 ) -> dict[fx.Node, _Statistics]:
     """Statistics of each node's input once all batch norms before it have theirs; one sweep over the graph."""
     twin = editing.private_copy(gm).eval()
-    data = _checked(gm, batches)
+    data = checked(gm, batches)
     found: dict[fx.Node, _Statistics] = {}
     with torch.no_grad(), undisturbed(twin, [(batch.args, dict(batch.kwargs)) for batch in data]):
-        runs = [_Run(twin, batch) for batch in data]
+        runs = [SteppedRun(twin, batch.args, dict(batch.kwargs)) for batch in data]
         for node, twin_node in zip(list(gm.graph.nodes), list(twin.graph.nodes), strict=True):
             if node in wanted:
                 source = matching.tensor_input(twin_node)
@@ -251,10 +238,3 @@ def _by_batch(
             mean, var = norm.running_mean.clone(), norm.running_var.clone()  # undisturbed() will put the old ones back
             found[node] = _Statistics(wanted[node], mean, var, count)
     return found
-
-
-def _checked(gm: fx.GraphModule, batches: Iterable[Example]) -> list[Example]:
-    data = list(batches)
-    for index, batch in enumerate(data):
-        check_batch(gm, batch, index)
-    return data

@@ -10,7 +10,7 @@ import torch
 import fxcompress
 from fxcompress import demo
 from fxcompress.analysis.latency import Latency
-from fxcompress.demo_inputs import class_names, load_model, load_photos, preprocess
+from fxcompress.demo_inputs import class_names, crops, load_model, load_photos, preprocess
 from fxcompress.errors import UsageError
 
 SENSIBLE = {
@@ -56,8 +56,11 @@ def test_grey_photos_become_three_channels() -> None:
 
 
 def test_labels_are_sensible_and_stay(result: demo.DemoResult) -> None:
-    assert set(result.predictions) == {*SENSIBLE, "astronaut"}
-    for photo, (before, after) in result.predictions.items():
+    assert set(result.photos) == {*SENSIBLE, "astronaut"}
+    outcomes = result.outcomes
+    for photo, before, after in zip(
+        result.photos, outcomes["original"].predictions, outcomes["folded"].predictions, strict=True
+    ):
         assert before.label == after.label
         assert before.probability == pytest.approx(after.probability, abs=1e-3)
         assert before.label in SENSIBLE.get(photo, {before.label}), photo
@@ -65,11 +68,32 @@ def test_labels_are_sensible_and_stay(result: demo.DemoResult) -> None:
 
 def test_every_batch_norm_is_folded(result: demo.DemoResult) -> None:
     norms = [module for module in load_model().modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    records = {record.name: record for record in result.report.passes}
-    assert records["fold-batch-norm"].sites == len(norms) == 49
-    assert not records["fold-batch-norm"].refusals
-    assert result.logit_error < 1e-4
-    assert result.size[1] < result.size[0]
+    for report in result.reports.values():
+        records = {record.name: record for record in report.passes}
+        assert records["fold-batch-norm"].sites == len(norms) == 49
+        assert not records["fold-batch-norm"].refusals
+    folded = result.outcomes["folded"]
+    assert folded.logit_error < 1e-4
+    assert folded.agreement == 1.0
+    assert folded.size < result.outcomes["original"].size
+
+
+def test_the_pruned_network_is_smaller_and_still_sees_something(result: demo.DemoResult) -> None:
+    total = result.reports["pruned"].total
+    assert total.macs_before is not None
+    assert total.macs_after is not None
+    ratio = next(float(p.options["ratio"]) for p in result.reports["pruned"].passes if p.name == "prune-channels")
+    assert total.macs_after / total.macs_before == pytest.approx(1 - ratio, abs=0.01)
+    assert result.outcomes["pruned"].size < result.outcomes["folded"].size
+    assert result.outcomes["pruned"].agreement > 0.3  # a guess would be right once in a thousand
+
+
+def test_crops_are_other_ones_for_another_seed() -> None:
+    photos = load_photos().values()
+    one, again, other = crops(photos, 9, seed=0), crops(photos, 9, seed=0), crops(photos, 9, seed=1)
+    assert one.shape == (9, 3, 224, 224)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
 
 
 def test_the_text_has_every_part(result: demo.DemoResult) -> None:
@@ -78,8 +102,9 @@ def test_the_text_has_every_part(result: demo.DemoResult) -> None:
         "fold-batch-norm",
         "CR-P",
         "espresso",
-        "0 of 8 labels changed",
-        "state dict on disk",
+        "same class",
+        "on disk",
+        "pruned:",
         "torch.compile was not measured",
     ):
         assert part in text
@@ -87,15 +112,17 @@ def test_the_text_has_every_part(result: demo.DemoResult) -> None:
 
 def test_the_numbers_are_valid_json(result: demo.DemoResult) -> None:
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert data["photos"]["coffee"]["before"]["label"] == "espresso"
-    assert data["report"]["total"]["parameters_after"] < data["report"]["total"]["parameters_before"]
-    assert set(data["latency_eager"]) == {"original", "result"}
+    coffee = data["photos"].index("coffee")
+    assert data["outcomes"]["original"]["predictions"][coffee]["label"] == "espresso"
+    for report in data["reports"].values():
+        assert report["total"]["parameters_after"] < report["total"]["parameters_before"]
+    assert list(data["outcomes"]) == ["original", *demo.VARIANTS]
 
 
 def test_a_speed_up_has_to_stand_out_of_the_noise() -> None:
     slow, fast, unsure = (Latency(median, iqr, median, 9) for median, iqr in ((0.4, 0.01), (0.2, 0.02), (0.3, 0.2)))
-    assert demo._speed({"original": slow, "result": fast}) == "2.00x as fast"
-    assert demo._speed({"original": slow, "result": unsure}) == "same within noise"
+    assert demo._speed(slow, fast) == " (2.00x as fast)"
+    assert demo._speed(slow, unsure) == ""
 
 
 def test_size_on_disk_is_that_of_the_file(tmp_path) -> None:
@@ -137,5 +164,5 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_original_stays_as_it_was() -> None:
     model = load_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fxcompress.compile(model, list(demo.PASSES), (torch.randn(1, 3, 224, 224),))
+    fxcompress.compile(model, list(demo.VARIANTS["folded"]), (torch.randn(1, 3, 224, 224),))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

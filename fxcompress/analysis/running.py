@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.analysis.inputs import bind_inputs
 from fxcompress.editing import get_attribute
 
-__all__ = ["GraphRunner", "copied", "undisturbed"]
+__all__ = ["GraphRunner", "SteppedRun", "copied", "undisturbed"]
 
 
 class GraphRunner(fx.Interpreter):
@@ -52,6 +52,23 @@ class GraphRunner(fx.Interpreter):
     def _run_bound(self, values: Sequence[Any]) -> Any:
         output = self.run(*values, enable_io_processing=False)
         return self.graph.process_outputs(output)
+
+
+class SteppedRun(GraphRunner):
+    """One run of a graph on copies of its inputs, a node at a time: several of them go through it abreast.
+
+    ``env`` holds the values of the nodes run so far that a node to come reads.
+    """
+
+    def __init__(self, gm: fx.GraphModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        super().__init__(gm)
+        self.args_iter: Iterator[Any] = iter(copied(bind_inputs(gm, args, kwargs)))
+
+    def step(self, node: fx.Node) -> None:
+        """Run ``node``; all before it have been run."""
+        self.env[node] = self.run_node(node)
+        for dead in self.user_to_last_uses.get(node, ()):
+            del self.env[dead]
 
 
 def copied(values: Any) -> Any:

@@ -38,11 +38,13 @@ class Known:
         sure: which elements are constants. Of the tensor's rank, and of size 1 along each dimension along which, by
             construction and not only on the example, neither this nor the value changes.
         value: these constants, of the shape of ``sure``; 0 where nothing is sure. On the CPU.
+        bounds: what no element is below, and above; they broadcast with ``sure``. ``None`` if there are none.
     """
 
     shape: tuple[int, ...]
     sure: torch.Tensor
     value: torch.Tensor
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
     def nothing(shape: Sequence[int]) -> Known:
@@ -102,6 +104,19 @@ class Known:
     def wide(self) -> torch.Tensor:
         """The values, those of floating point in float64."""
         return self.value.double() if self.value.is_floating_point() else self.value
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything bounds any element."""
+        return self.bounds is not None or self.any
+
+    @property
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What no element is below, and above, in float64; infinite where there is no such thing."""
+        infinite = torch.tensor(torch.inf, dtype=torch.float64)
+        low, high = (-infinite, infinite) if self.bounds is None else self.bounds
+        value = self.wide.double()
+        return torch.where(self.sure, value, low), torch.where(self.sure, value, high)
 
     def along(self, dim: int) -> Along:
         """What is sure of each index along ``dim``."""

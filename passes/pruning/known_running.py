@@ -16,6 +16,7 @@ from fxcompress.analysis.running import GraphRunner
 from fxcompress.editing import is_inplace
 from fxcompress.matching import name_of_call, override_of
 from fxcompress.passes.pruning.known import Known, KnownCall
+from fxcompress.passes.pruning.known_bounds import within_bounds
 from fxcompress.passes.pruning.known_rules import rule_for
 
 __all__ = ["KnownRunner", "constants_of"]
@@ -39,6 +40,7 @@ class KnownRunner(GraphRunner):
     lies in its memory, is unknown from then on.
 
     Attributes:
+        known: for every node its value with a :class:`Known` for each tensor.
         calls: every call that was given a tensor, by its node.
         changed: memory of parameters and buffers that the graph changes; nothing in there is a constant.
     """
@@ -48,7 +50,7 @@ class KnownRunner(GraphRunner):
         self.calls: dict[fx.Node, KnownCall] = {}
         self.changed = frozenset(changed)
         self._own = {_memory(t) for t in (*gm.parameters(), *gm.buffers())}
-        self._known: dict[fx.Node, Any] = {}
+        self.known: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         given = [leaf for m in n.all_input_nodes for leaf in _tensors(self.env[m])]
@@ -62,14 +64,14 @@ class KnownRunner(GraphRunner):
             written |= {_memory(t) for t in given[:1]}
         if written:
             self._forget(written)
-        self._known[n] = found
+        self.known[n] = found
         return value
 
     def _forget(self, written: set[int]) -> None:
         self.changed |= written & self._own
         for m, value in self.env.items():
             if any(_memory(t) in written for t in _tensors(value)):
-                self._known[m] = _nothing(value)
+                self.known[m] = _nothing(value)
 
     def parameter(self, tensor: torch.Tensor) -> Known:
         """What is sure of a parameter or buffer: everything, unless the graph changes it."""
@@ -81,8 +83,8 @@ class KnownRunner(GraphRunner):
             return pytree.tree_map_only(torch.Tensor, self.parameter, value)
         if n.op in ("placeholder", "output"):
             return _nothing(value)
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda m: self._known[m])
-        sized = any(not _is_known(self._known[m]) for m in n.all_input_nodes)
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda m: self.known[m])
+        sized = any(not _is_known(self.known[m]) for m in n.all_input_nodes)
         call = KnownCall("", _runner(n), args, kwargs, value, sized)
         call = self._as_module(n, call) if n.op == "call_module" else dataclasses.replace(call, name=_name(n))
         self.calls[n] = dataclasses.replace(call, out=None)  # which would keep every activation
@@ -91,7 +93,7 @@ class KnownRunner(GraphRunner):
         if call.name == "getitem" and isinstance(call.args[0], (tuple, list)) and not sized:
             return call.args[0][call.args[1]]
         rule = rule_for(call.name)
-        return call.nothing() if rule is None else rule(call)
+        return within_bounds(call, call.nothing() if rule is None else rule(call))
 
     def _as_module(self, n: fx.Node, call: KnownCall) -> KnownCall:
         module = self._graph_module().get_submodule(str(n.target))

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.passes.pruning.known import Known, KnownCall
 
-__all__ = ["MOVES", "SPACE"]
+__all__ = ["MOVES", "SPACE", "joined"]
 
 Rule = Callable[[KnownCall], Any]
 
@@ -58,15 +58,15 @@ def _sequence(call: KnownCall) -> list[Known]:
     return list(given) if isinstance(given, (tuple, list)) else [given]
 
 
-def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sequence[int], dim: int) -> list[torch.Tensor]:
+def joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Sequence[int], dim: int) -> list[torch.Tensor]:
     """Each of (``sure``, values) joined along ``dim``, along which the parts have these sizes."""
-    joined = []
+    found = []
     for tensors in zip(*parts, strict=True):
         small = list(np.broadcast_shapes(*(t.select(dim, 0).shape for t in tensors)))
-        joined.append(
+        found.append(
             torch.cat([t.expand([*small[:dim], n, *small[dim:]]) for t, n in zip(tensors, sizes, strict=True)], dim)
         )
-    return joined
+    return found
 
 
 def _cat(call: KnownCall) -> Any:
@@ -74,8 +74,8 @@ def _cat(call: KnownCall) -> Any:
     dim = int(call.get(1, "dim", "axis", default=0)) % len(call.out.shape)
     if not any(x.any for x in parts):
         return call.nothing()
-    joined = _joined([(x.sure, x.wide) for x in parts], [x.shape[dim] for x in parts], dim)
-    return Known.where(call.out.shape, *joined)
+    both = joined([(x.sure, x.wide) for x in parts], [x.shape[dim] for x in parts], dim)
+    return Known.where(call.out.shape, *both)
 
 
 def _stack(call: KnownCall) -> Any:
@@ -83,7 +83,7 @@ def _stack(call: KnownCall) -> Any:
     if not any(x.any for x in parts):
         return call.nothing()
     pairs = [(x.sure.unsqueeze(dim), x.wide.unsqueeze(dim)) for x in parts]
-    return Known.shrunk(call.out.shape, *_joined(pairs, [1] * len(parts), dim))
+    return Known.shrunk(call.out.shape, *joined(pairs, [1] * len(parts), dim))
 
 
 def _shuffled(call: KnownCall) -> Any:

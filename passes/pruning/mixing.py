@@ -12,6 +12,9 @@ from fxcompress.passes.pruning.known import Along, Known, KnownCall
 
 __all__ = ["MIXES", "Mix"]
 
+_AT_ONCE = 1 << 22
+"""How many weights are widened to float64 at a time."""
+
 MIXES = frozenset(("linear", *(f"{kind}{i}d" for kind in ("conv", "conv_transpose") for i in (1, 2, 3))))
 """Functions with an input, a weight, and a bias."""
 
@@ -40,8 +43,8 @@ class Mix:
             return None
         if isinstance(bias, Known) and not bias.all:
             return None
-        shift = bias.wide if isinstance(bias, Known) else None
-        value, dim = weight.value, len(x.shape) - len(weight.shape) + 1
+        shift = bias.wide.expand(bias.shape) if isinstance(bias, Known) else None
+        value, dim = weight.value.expand(weight.shape), len(x.shape) - len(weight.shape) + 1
         if call.name == "linear":
             return Mix(dim, value[None, :, :, None], shift)
         groups = int(call.get(6, "groups", default=1))
@@ -63,6 +66,20 @@ class Mix:
             return torch.zeros(self.weight.shape[0] * self.weight.shape[1], dtype=torch.float64)
         return (self.weight.double().sum(-1) * inputs).sum(-1).flatten()
 
+    def range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What no output is below, and above, where inputs, of which there are ``(inputs,)``, are not below ``low`` and
+        above ``high``."""
+        if self.uneven:  # of some taps nothing arrives
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        groups = self.weight.shape[0]
+        low, high = low.reshape(groups, 1, -1), high.reshape(groups, 1, -1)
+        rows = max(1, _AT_ONCE // max(1, self.weight[:, :1].numel()))
+        starts = range(0, self.weight.shape[1], rows)
+        parts = [_range(self.weight[:, i : i + rows].double(), low, high) for i in starts]
+        bias = 0.0 if self.bias is None else self.bias
+        lowest, highest = (torch.cat(side, 1).flatten() + bias for side in zip(*parts, strict=True))
+        return lowest, highest
+
     def output(self, x: Along, shape: tuple[int, ...]) -> Known:
         """What is sure of the output."""
         fine = x.zero if self.uneven else x.zero | x.sure
@@ -73,6 +90,17 @@ class Mix:
         value = self.constant_part(x.value * fine) + (0 if self.bias is None else self.bias)
         small = [-1 if d == self.dim else 1 for d in range(len(shape))]
         return Known.where(shape, sure.reshape(small), value.reshape(small))
+
+
+def _range(weight: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of weights times what lies between ``low`` and ``high``, which may be infinite."""
+    up, down = weight.clamp(min=0).sum(-1), weight.clamp(max=0).sum(-1)
+    sums = []
+    for a, b in ((low, high), (high, low)):  # what the positive weights meet, and the negative ones
+        total = up * a.nan_to_num(posinf=0, neginf=0) + down * b.nan_to_num(posinf=0, neginf=0)
+        endless = ((up > 0) & a.isinf()) | ((down < 0) & b.isinf())
+        sums.append(torch.where(endless.any(-1), torch.inf, total.sum(-1)))
+    return torch.where(sums[0].isinf(), -torch.inf, sums[0]), sums[1]
 
 
 def _uneven(call: KnownCall) -> str:

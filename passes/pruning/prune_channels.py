@@ -18,10 +18,11 @@ import numpy as np
 
 from fxcompress.analysis.channels import ChannelGroups, Group, channel_groups
 from fxcompress.analysis.cost import cost
-from fxcompress.errors import UsageError
+from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
 from fxcompress.passes.pruning.budget import Budget
 from fxcompress.passes.pruning.importance import IMPORTANCES, Importance
+from fxcompress.passes.pruning.reconstruct import Reconstruction
 from fxcompress.passes.pruning.selection import Candidate, Selection, reach
 from fxcompress.passes.pruning.surgery import Surgery
 
@@ -44,6 +45,8 @@ class PruneChannels(Pass):
         only: glob patterns of paths of layers; others keep theirs.
         per_layer: glob pattern -> ratio, for groups that one of these layers makes.
         attention: remove whole ``"heads"``, or part of each (``"head_dim"``).
+        reconstruct: then refit the layers that read fewer channels to the outputs they had, by least squares on the
+            calibration data; see :mod:`fxcompress.passes.pruning.reconstruct`. Each is a site of its own.
     """
 
     name: ClassVar[str] = "prune-channels"
@@ -60,6 +63,7 @@ class PruneChannels(Pass):
     only: tuple[str, ...] = ()
     per_layer: Mapping[str, float] = dataclasses.field(default_factory=dict)
     attention: Literal["heads", "head_dim"] = "heads"
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
         for ratio in (self.ratio, *self.per_layer.values()):
@@ -76,10 +80,14 @@ class PruneChannels(Pass):
 
     def reads_calibration(self) -> bool:
         """See :meth:`Pass.reads_calibration`."""
-        return self._importance().needs_data
+        return self.reconstruct or self._importance().needs_data
 
     def requires(self, context: PassContext) -> None:
-        """See :meth:`Pass.requires`: some importances need calibration data."""
+        """See :meth:`Pass.requires`: some importances need calibration data, and so does ``reconstruct``."""
+        if self.reconstruct and context.batches is None:
+            raise PreconditionError(
+                f"{self.name}: reconstruct=True fits weights to data; pass `calibration`, a few batches of inputs"
+            )
         self._importance().requires(context)
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
@@ -101,11 +109,14 @@ class PruneChannels(Pass):
         for candidate in selection.floored(counts):
             group = candidate.group
             yield Refusal(group.node, f"no more of the channels of {group.name!r} go: min_channels={self.min_channels}")
+        if self.reconstruct:
+            assert context.batches is not None, "asked for in requires()"
+            yield from Reconstruction(context.gm, context.batches, surgery).sites()
 
     def rewrite(self, site: Site) -> Mapping[str, Any] | None:
         """See :meth:`Pass.rewrite`."""
-        surgery: Surgery = site.data
-        return surgery.operate(site.node)
+        work: Surgery | Reconstruction = site.data
+        return work.operate(site.node)
 
     # ------------------------------------------------------------------------------------------------- choices
     def _chosen(self, context: PassContext, groups: ChannelGroups) -> list[Group]:

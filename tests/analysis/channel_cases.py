@@ -697,6 +697,10 @@ def mixed_positions(m: Any, x: Tensor) -> Tensor:
     return m.out(x + m.t2(m.t1(x.transpose(1, 2)).relu()).transpose(1, 2))
 
 
+def looked_at(m: Any, x: Tensor) -> Tensor:
+    return m.out(F.grid_sample(m.a(x), m.b(x).permute(0, 2, 3, 1).tanh(), align_corners=False))
+
+
 def outer(m: Any, x: Tensor) -> Tensor:
     x = m.a(x)
     return m.out((x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2))
@@ -704,7 +708,7 @@ def outer(m: Any, x: Tensor) -> Tensor:
 
 def made_weight(m: Any, x: Tensor) -> Tensor:
     """The weight is what another layer makes."""
-    return m.out(F.conv2d(m.a(x), m.b(m.code).view(6, 8, 3, 3), padding=1))
+    return m.out(F.conv2d(m.a(x), m.b(m.seed).view(6, 8, 3, 3), padding=1))
 
 
 def two_linears(forward: Callable[..., Any], **parts: Any) -> Callable[[], nn.Module]:
@@ -770,7 +774,7 @@ FROZEN = {
         (),
         frozen=(
             "4 of a: taken apart by pad (node 'pad')",
-            "8 of b: combined by add (node 'add') with what pad (node 'pad') took apart",
+            "8 of b: combined by add (node 'add') with what is taken apart by pad (node 'pad')",
         ),
     ),
     "patches": Case(
@@ -792,7 +796,7 @@ FROZEN = {
         frozen=("6 of a: merged with another dimension by flatten (node 'flatten')",),
     ),
     "weight that a layer makes": Case(
-        two_convs(made_weight, b=nn.Linear(4, 432), code=parameter(4), out=conv(6, 2)),
+        two_convs(made_weight, b=nn.Linear(4, 432), seed=parameter(4), out=conv(6, 2)),
         image(),
         (),
         frozen=tuple(
@@ -801,7 +805,7 @@ FROZEN = {
         ),
     ),
     "places to look at": Case(
-        two_convs(lambda m, x: m.out(F.grid_sample(m.a(x), m.b(x).permute(0, 2, 3, 1).tanh())), b=conv(3, 2)),
+        two_convs(looked_at, b=conv(3, 2)),
         image(),
         ("8 of a: a.bias[i], out.weight[:, i]",),
         frozen=("2 of b: a place in space for grid_sample (node 'grid_sample')",),
@@ -813,7 +817,7 @@ FROZEN = {
         frozen=("5 of t2: combined by add (node 'add') with the model's input 'inputs_0'",),
     ),
     "maximum over positions": Case(  # max returns a named tuple
-        two_linears(lambda m, x: m.out(torch.max(m.a(x), 1)[0])), sequence(), ("~6 of a: a.bias[i], out.weight[:, i]",)
+        two_linears(lambda m, x: m.out(torch.max(m.a(x), 1)[0])), sequence(), ("6 of a: a.bias[i], out.weight[:, i]",)
     ),
     "tied embedding": Case(
         TiedEmbedding,

@@ -18,12 +18,14 @@ from tests.networks import Inputs, assert_same_structure, relative_error, run
 __all__ = ["check_removal", "drawn", "removed", "zeroed"]
 
 
-def drawn(groups: ChannelGroups, generator: np.random.Generator, only_exact: bool) -> np.ndarray:
-    """For each class whether it stays: of each group any channels may go, but not all."""
+def drawn(groups: ChannelGroups, generator: np.random.Generator, only_exact: bool, least: int = 1) -> np.ndarray:
+    """For each class whether it stays: of each group any channels may go, but ``least`` stay. Where something is
+    normalised over them two stay, as PyTorch refuses to normalise over a single number."""
     kept = np.ones(groups.classes, dtype=np.bool_)
     for group in groups.groups:
         if group.exact or not only_exact:
-            count = int(generator.integers(0, group.channels))
+            most = group.channels - (least if group.exact else max(least, 2))
+            count = int(generator.integers(0, max(most, 0) + 1))
             kept[generator.permutation(group.classes)[:count]] = False
     return kept
 

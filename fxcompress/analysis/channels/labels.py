@@ -297,7 +297,7 @@ class Labels:
         others = tuple(n for n in x.maps if n is not m)
         if m.dims == {dim}:
             self.atoms.freeze(m.ids.ravel(), f"taken apart by {self.place}")
-            return dataclasses.replace(x, maps=others)
+            return dataclasses.replace(x, maps=others, why=f"what is taken apart by {self.place}")
         return dataclasses.replace(x, maps=(self._tied(m, {dim}), *others))
 
     # ------------------------------------------------------------------------------------------------- arithmetic

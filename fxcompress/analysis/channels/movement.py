@@ -195,8 +195,7 @@ def _channel_shuffle(call: Call) -> Any:
     """(g c) -> (c g): as many groups stay, so that the same part of each goes."""
     x, groups = call.first(), int(call.get(1, "groups"))
     apart = call.labels.move([x], lambda t: t.unflatten(1, (groups, -1)))
-    apart = dataclasses.replace(apart, maps=tuple(call.labels.keep_one(m, 2) for m in apart.maps))
-    return call.labels.move([apart], lambda t: t.transpose(1, 2).flatten(1, 2))
+    return call.labels.move([call.labels.tie_along(apart, 1)], lambda t: t.transpose(1, 2).flatten(1, 2))
 
 
 _SIMPLE = """

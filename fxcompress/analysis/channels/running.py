@@ -101,14 +101,15 @@ class LabelRunner(GraphRunner):
             return call.unlabelled("the model's output")
         if n.op == "call_module":
             return self._label_module(n, call)
-        found = self._label_function(dataclasses.replace(call, name=self._name(n)))
-        self._note_write(n, found)
+        call = dataclasses.replace(call, name=self._name(n))
+        found = self._label_function(call)
+        self._note_write(n, call, found)
         return found
 
     @staticmethod
     def _runner(n: fx.Node) -> Callable[..., Any]:
         if n.op == "call_method" and n.target == "view":  # the same, and labels need not lie in memory as values do
-            return lambda x, *args, **kwargs: x.reshape(*args, **kwargs)
+            return lambda x, *args, **kwargs: x.reshape(*(args or kwargs.values()))
         if n.op == "call_method":
             return lambda x, *args, **kwargs: getattr(x, str(n.target))(*args, **kwargs)
         return n.target if callable(n.target) else lambda *args: None
@@ -122,15 +123,22 @@ class LabelRunner(GraphRunner):
             return "view of bits"
         return name.strip("_") or name
 
-    def _note_write(self, n: fx.Node, found: Any) -> None:
-        """What is written in place into a view is there in the tensor that it is a view of, too."""
-        target, view = str(n.target), n.args[0] if n.args else None
-        writes = n.op == "call_method" and (target.startswith("__i") or target.rstrip("_") + "_" == target)
-        if not (writes and isinstance(view, fx.Node) and self._name(view) in movement.RULES):
+    def _note_write(self, n: fx.Node, call: Call, found: Any) -> None:
+        """What is written in place is there from now on, also in the tensor that a view was written through."""
+        target = str(n.target)
+        if call.name == "setitem":
+            value = call.args[2]
+            zero = value.zero if isinstance(value, Labelled) else value == 0
+        elif n.op == "call_method" and (target.startswith("__i") or (target.endswith("_") and target[-2] != "_")):
+            zero = isinstance(found, Labelled) and found.zero
+        else:
             return
-        x = self.found[view]
-        if isinstance(x, Labelled) and isinstance(found, Labelled) and x.zero and not found.zero:
-            self.labels.inexact_along(x, range(len(x.shape)))
+        node = n.args[0] if n.args and not zero else None
+        while isinstance(node, fx.Node):
+            x = self.found[node]
+            if isinstance(x, Labelled):
+                self.found[node] = dataclasses.replace(x, zero=False)
+            node = node.args[0] if node.args and self._name(node) in movement.RULES else None
 
     def _label_function(self, call: Call) -> Any:
         labelled = call.tensors()
@@ -165,8 +173,6 @@ class LabelRunner(GraphRunner):
             )
         if isinstance(value, Labelled):
             self.labels.elementwise([there, value])
-        if x.zero and not (value.zero if isinstance(value, Labelled) else value == 0):
-            self.labels.inexact_along(x, range(len(x.shape)))
         return call.out
 
     def _label_module(self, n: fx.Node, call: Call) -> Any:
