@@ -145,8 +145,8 @@ class DemoResult:
                 tabulate(photos, headers=("photo", *self.outcomes), disable_numparse=True),
                 "",
                 tabulate(self._rows(), headers=_HEADERS, disable_numparse=True),
-                f"same class: as the original, of {HELD_OUT_CROPS} other crops of the photos than the passes were shown; logit "
-                "error: relative to the largest logit",
+                f"same class: as the original, of {HELD_OUT_CROPS} other crops of the photos than the passes were "
+                "shown; logit error: relative to the largest logit",
                 f"latency of one photo: median +- interquartile range; {environment}",
                 *([f"torch.compile was not measured: {self.not_compiled}"] if self.not_compiled else []),
             ]

@@ -41,7 +41,7 @@ class PruneChannels(Pass):
         importance: an :class:`~fxcompress.passes.pruning.importance.Importance` or the name of one.
         round_to: the number of channels left is a multiple of this, where a group has that many.
         min_channels: as many stay in every group.
-        exclude: glob patterns of paths of layers that keep their channels.
+        exclude: glob patterns of paths of layers, or of modules that contain them, that keep their channels.
         only: glob patterns of paths of layers; others keep theirs.
         per_layer: glob pattern -> ratio, for groups that one of these layers makes.
         attention: remove whole ``"heads"``, or part of each (``"head_dim"``).
@@ -72,6 +72,13 @@ class PruneChannels(Pass):
         for option, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, got {value}")
+        for option, chosen, known in (
+            ("measure", self.measure, ("channels", "params", "macs")),
+            ("scope", self.scope, ("local", "global", "isomorphic")),
+            ("attention", self.attention, ("heads", "head_dim")),
+        ):
+            if chosen not in known:
+                raise UsageError(f"{option} must be one of {', '.join(known)}, got {chosen!r}")
         if isinstance(self.importance, str) and self.importance not in IMPORTANCES:
             near = difflib.get_close_matches(self.importance, IMPORTANCES, n=1, cutoff=0.0)[0]
             raise UsageError(
@@ -120,10 +127,10 @@ class PruneChannels(Pass):
 
     # ------------------------------------------------------------------------------------------------- choices
     def _chosen(self, context: PassContext, groups: ChannelGroups) -> list[Group]:
-        paths = [path for path, _ in context.gm.named_modules() if path]
+        makers = {path for g in groups.groups for path in g.producers} | {f.module for f in groups.frozen}
         for pattern in (*self.exclude, *self.only, *self.per_layer):
-            if not fnmatch.filter(paths, pattern):
-                near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+            if not any(_matches_path(path, pattern) for path in makers):
+                near = difflib.get_close_matches(pattern, sorted(makers), n=3, cutoff=0.0)
                 raise UsageError(f"no module path matches {pattern!r}; near it: {', '.join(near)}")
         return [
             g for g in groups.groups
@@ -144,7 +151,7 @@ class PruneChannels(Pass):
         if self.scope == "global":
             return ""
         if self.scope == "local":
-            return group.name
+            return f"{group.name} {group.classes[0]}"  # a layer may make channels of several groups
         return str(sorted((m.binding.tensor.dim(), m.binding.dim, m.produces) for m in group.members))
 
     def _counts(self, context: PassContext, groups: ChannelGroups, selection: Selection) -> list[int]:
@@ -163,4 +170,10 @@ class PruneChannels(Pass):
 
 
 def _matches(group: Group, patterns: Any) -> bool:
-    return any(fnmatch.fnmatch(path, pattern) for path in group.producers for pattern in patterns)
+    return any(_matches_path(path, pattern) for path in group.producers for pattern in patterns)
+
+
+def _matches_path(path: str, pattern: str) -> bool:
+    """Whether ``pattern`` matches ``path`` or a module that it lies in."""
+    parts = path.split(".")
+    return any(fnmatch.fnmatch(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))

@@ -39,7 +39,7 @@ class Candidate:
         """The largest number up to ``removed`` (rounded up to the next step if that is nearer) that may go."""
         channels = self.group.channels
         left = channels - removed
-        if self.step > 1 and channels > self.step:
+        if self.step > 1 and channels >= self.step:
             left = max(self.step, int(left / self.step + 0.5) * self.step)
         return channels - min(channels, max(left, self.least))
 
@@ -49,10 +49,18 @@ class Selection:
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         self.candidates = candidates
-        self._clusters: dict[str, np.ndarray] = {}
-        for cluster in {c.cluster for c in candidates}:
-            inside = [c.scores for c in candidates if c.cluster == cluster and c.ratio is None]
-            self._clusters[cluster] = np.sort(np.concatenate(inside)) if inside else np.zeros(0)
+        self._ranks: dict[int, np.ndarray] = {}
+        self._sizes: dict[str, int] = {}
+        for cluster in dict.fromkeys(c.cluster for c in candidates if c.ratio is None):
+            inside = [c for c in candidates if c.cluster == cluster and c.ratio is None]
+            scores = np.concatenate([c.scores for c in inside])
+            # Of equal scores those go first that come first in their group, as a part of it.
+            places = np.concatenate([np.arange(len(c.scores)) / len(c.scores) for c in inside])
+            ranks = np.empty(len(scores), dtype=np.int64)
+            ranks[np.lexsort((places, scores))] = np.arange(len(scores))
+            parts = np.split(ranks, np.cumsum([len(c.scores) for c in inside])[:-1])
+            self._ranks |= {id(c): np.sort(part) for c, part in zip(inside, parts, strict=True)}
+            self._sizes[cluster] = len(scores)
 
     def counts(self, strength: float) -> list[int]:
         """Channels that each candidate loses: the fraction ``strength`` of each cluster, its least important."""
@@ -60,14 +68,9 @@ class Selection:
 
     def _count(self, c: Candidate, strength: float) -> int:
         if c.ratio is not None:
-            return int(c.ratio * c.group.channels)
-        ranked = self._clusters[c.cluster]
-        number = int(strength * len(ranked) + 1e-9)
-        if number == 0:
-            return 0
-        return (
-            int(np.searchsorted(c.scores, ranked[number - 1], side="right")) if len(ranked) > len(c.scores) else number
-        )
+            return int(c.ratio * c.group.channels + 1e-9)
+        number = int(strength * self._sizes[c.cluster] + 1e-9)
+        return int(np.searchsorted(self._ranks[id(c)], number))
 
     def floored(self, counts: Sequence[int]) -> list[Candidate]:
         """Those of which ``counts`` leaves no more than must stay."""

@@ -262,6 +262,8 @@ def _groups_argument(position: int, name: str, channels: int) -> Callable[[Sizes
 
     def rule(sizes: Sizes, node: fx.Node) -> Call:
         groups, x = argument(node, position, name, 1), sizes.out(first_input(node))
+        if isinstance(groups, fx.Node):  # a group for each example: nothing of them goes
+            return _call(node)
         left = _groups_left(sizes.stays(x, channels % len(x.shape)), groups)
         return _call(node) if left == groups else _with_argument(node, position, name, left)
 

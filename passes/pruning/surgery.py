@@ -80,6 +80,7 @@ class Surgery:
         for binding in bindings:
             index = torch.from_numpy(np.flatnonzero(self.kept[binding.classes])).to(tensor.device)
             value = value.index_select(binding.dim, index)
+        value = _laid_out_like(value, tensor)
         new = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         for name in bindings[0].names:
             owner_path, _, leaf = name.rpartition(".")
@@ -184,6 +185,14 @@ class _Numbers:
         if callable(node.target) and not any(isinstance(a, torch.Size) for a in args[1:]):
             return node.target(*args, **node.kwargs)
         return found
+
+
+def _laid_out_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``value`` in channels-last memory if ``tensor`` is."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if layout is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=layout):
+        return value
+    return value.contiguous(memory_format=layout)
 
 
 def _map_values(value: Any, change: Callable[[Any], Any]) -> Any:

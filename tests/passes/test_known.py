@@ -57,6 +57,17 @@ def test_drawn_networks(network: Network, seed: int) -> None:
         Checked(gm, first.changed).observe(args, kwargs)
 
 
+def test_bounds_of_averages() -> None:
+    """Zeros beyond the border count, unless told otherwise, and a sum is no average."""
+    for options, least in (({}, 0), ({"padding": 1}, 0), ({"divisor_override": 1}, None)):
+        gm = fx.symbolic_trace(nn.Sequential(nn.Hardtanh(1, 2), nn.AvgPool2d(3, 1, **options), nn.Hardtanh(0.5, 1)))
+        runner = Checked(gm)
+        runner.observe((torch.randn(1, 2, 5, 5),))
+        pooled, last = (next(iter(gm.graph.find_nodes(op="call_module", target=t))) for t in "12")
+        assert (runner.known[pooled].bounds is None) == (least is None)
+        assert not runner.known[last].any
+
+
 # --- single rules ---
 
 CONSTANT = torch.tensor([0.0, 0.0, -2.0, 1.5])
@@ -96,6 +107,7 @@ RULES: dict[str, tuple[Callable[[Tensor, Tensor], Any], list[float | None]]] = {
     "interpolate": (lambda y, x: F.interpolate(y, scale_factor=2, mode="bilinear"), [None, 0, -2, 1.5]),
     "pad": (lambda y, x: F.pad(y, (1, 1)), [None, 0, None, None]),
     "pad with a number": (lambda y, x: F.pad(y, (1, 1), value=-2.0), [None, None, -2, None]),
+    "pad channels": (lambda y, x: F.pad(y, (0, 0, 0, 0, 1, 0)), [None, None, None, None, None]),
     "reflect": (lambda y, x: F.pad(y, (1, 1, 1, 1), mode="reflect"), [None, 0, -2, 1.5]),
     "mean": (lambda y, x: y.mean((2, 3), keepdim=True), [None, 0, -2, 1.5]),
     "total": (lambda y, x: y.sum((2, 3), keepdim=True), [None, 0, None, None]),

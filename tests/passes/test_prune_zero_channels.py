@@ -209,7 +209,7 @@ USES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "norm": (lambda y: y.norm(dim=1), 6),
     "mean": (lambda y: y.mean(1), 6),
     "amax": (lambda y: y.amax(1), 6),
-    "normalize": (lambda y: F.normalize(y, dim=1).sum(1), 6),
+    "normalize": (lambda y: F.normalize(y, dim=1)[:, 0], 6),
     "product": (lambda y: y.flatten(2).transpose(1, 2) @ y.flatten(2), 6),
     "einsum": (lambda y: torch.einsum("nchw,ncxy->nhx", y, y), 6),
     "output": (lambda y: y, 6),
@@ -286,6 +286,19 @@ def test_a_mean_loses_nothing() -> None:
     model: Any = Net(lambda m, x: torch.relu(m.first(x)).mean(1), first=conv(3, 6))
     put(0, model.first.weight[1:3], model.first.bias[1:3])
     assert untouched(model, *IMAGE) == ""
+
+
+def test_a_norm_over_channels_keeps_all() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        return m.last(x + m.body(m.norm(x)))
+
+    layers = {"norm": nn.LayerNorm(6), "body": nn.Linear(6, 6), "last": nn.Linear(6, 2)}
+    model: Any = Net(forward, first=nn.Linear(3, 6), **layers)
+    for made in (model.first, model.body):
+        put(0, made.weight[2], made.bias[2])
+    put(0, model.body.weight[:, 2], model.last.weight[:, 2], model.norm.weight[2], model.norm.bias[2])
+    assert untouched(model, 2, 3) == ""
 
 
 def test_dead_filters_of_a_depthwise_convolution() -> None:
@@ -377,6 +390,21 @@ def test_constants_that_no_bias_can_take_in(last: nn.Module, why: str) -> None:
         assert untouched(model, *shape) == f"2 of the channels that it reads are constant, but {why}"
 
 
+def test_padding_makes_other_values_of_constants() -> None:
+    model = seq(conv(3, 4), nn.Sigmoid(), conv(4, 4, 3, padding=1, bias=False), nn.Sigmoid(), conv(4, 2))
+    put(0, model[0].weight[1], model[2].weight[2])
+    model[2].weight.data[2, 1] = 1
+    assert "it pads with zeros" in untouched(model, *IMAGE)
+
+
+def test_a_layer_takes_in_constants_and_loses_outputs() -> None:
+    model = seq(nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 2))
+    put(0, model[0].weight[2], model[2].weight[:, 1], model[2].weight[:, 3])
+    gm, applied = prune(model, 2, 3)
+    assert shapes(gm, "0", "1", "2") == [(5, 3), (3, 5), (2, 3)]
+    assert kinds(applied) == {"constant": 1, "taken_in": 1, "unread": 2}
+
+
 def test_a_constant_below_zero_is_zero_behind_a_relu() -> None:
     model = seq(conv(3, 4), nn.ReLU(), conv(4, 4, 3, padding=1))
     put(0, model[0].weight[1:3])
@@ -400,6 +428,14 @@ def test_a_relu_that_never_fires() -> None:
     assert shapes(gm, "0", "2", "4") == [(3, 3), (3, 1), (2, 3)]  # the fourth is always 6, and meets a border
     assert kinds(applied) == {"zero": 2}
     assert "1 of the channels" in reasons(applied)
+
+
+def test_beyond_the_border_a_relu_may_fire() -> None:
+    """At most 5 - 9 inside, but 5 - 4 in a corner."""
+    model = seq(conv(3, 4), nn.Hardtanh(1, 2), conv(4, 4, 3, padding=1, groups=4), nn.ReLU(), conv(4, 2))
+    put(-1, model[2].weight[1])
+    put(5, model[2].bias[1])
+    assert untouched(model, *IMAGE) == ""
 
 
 def test_a_constant_place_by_place_is_no_constant() -> None:
@@ -522,7 +558,15 @@ def test_a_size_that_is_computed_with_stays() -> None:
     model: Any = Net(forward, first=conv(3, 6), last=nn.Linear(6, 2))
     put(0, model.last.weight[:, :2])
     assert untouched(fx.symbolic_trace(model), *IMAGE) == ""
-    model.run = lambda m, x: m.last((y := torch.relu(m.first(x))).view(y.size(0), y.size(1), -1).sum(-1))
+
+
+def test_a_size_that_shapes_something_follows() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.relu(m.first(x))
+        return m.last(y.view(y.shape[0], y.shape[1], -1).sum(-1)) / y.shape[0]
+
+    model: Any = Net(forward, first=conv(3, 6), last=nn.Linear(6, 2))
+    put(0, model.last.weight[:, :2])
     gm, _ = prune(fx.symbolic_trace(model), *IMAGE)
     assert shapes(gm, "first", "last") == [(4, 3), (2, 4)]
 
@@ -577,6 +621,20 @@ def test_a_head_that_sees_the_same_everywhere() -> None:
     assert shapes(gm, "query", "out") == [(8, 6), (6, 8)]
     assert gm.get_parameter("out.bias").shape == (6,)
     assert kinds(applied)["taken_in"] == 4
+
+
+def test_a_head_that_may_see_nothing() -> None:
+    """Where a mask leaves nothing to see, an attention gives zero."""
+    hidden = torch.zeros(5, 5, dtype=torch.bool)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(m.query(x), m.key(x), m.value(x), attn_mask=m.seen)
+        return m.out(y)
+
+    model: Any = Net(forward, **{name: nn.Linear(6, 6) for name in ("query", "key", "value", "out")})
+    model.register_buffer("seen", hidden)
+    put(0, model.value.weight[2:4])
+    assert untouched(model, 2, 5, 6) == ""
 
 
 # --- drawn networks ---

@@ -285,16 +285,25 @@ class _Builder:
         return Group(_owner(lead.names[0]), node, ordered, members, exact)
 
     def _producing(self, bindings: Sequence[Binding]) -> set[tuple[int, int]]:
-        """The tensors (by identity) and dimensions whose own atoms are the channels that a layer makes."""
+        """The tensors (by identity) and dimensions along which the channels lie that a layer makes: those whose own
+        atoms they are or, where a layer has made atoms for them, those of its tensors that have the same classes."""
         owner: dict[int, tuple[int, int]] = {}
         for bound in self.runner.bound.values():
             for m in bound.labelled.maps:
-                owner[int(m.ids.flat[0])] = (id(bound.tensor), next(iter(m.dims)))
-        starts = np.array(sorted(owner))
-        made = [v[v != FIXED] for vectors in self.runner.produced.values() for v in vectors]
-        found = np.unique(np.searchsorted(starts, np.concatenate([*made, np.zeros(0, dtype=np.int64)]), "right") - 1)
-        known = {(id(b.tensor), b.dim) for b in bindings}
-        return {owner[int(starts[i])] for i in found if i >= 0} & known
+                owner |= dict.fromkeys(m.ids.ravel().tolist(), (id(bound.tensor), next(iter(m.dims))))
+        known = {(id(b.tensor), b.dim): b for b in bindings}
+        found: set[tuple[int, int]] = set()
+        for node, vectors in self.runner.produced.items():
+            for v in vectors:
+                made = v[v != FIXED]
+                owners = {owner[i] for i in made.tolist() if i in owner}
+                if not owners and len(made) and node.op == "call_module":
+                    classes = set(self.atoms.find(made).tolist())
+                    inside = {id(p) for p in self.gm.get_submodule(str(node.target)).parameters()}
+                    owners = {k for k, b in known.items() if k[0] in inside and b.tensor.dim() > 1}
+                    owners = {k for k in owners if set(known[k].classes.tolist()) == classes}
+                found |= owners
+        return found & set(known)
 
     def _frozen(self, reasons: Ids) -> Iterator[Frozen]:
         for node, vectors in self.runner.produced.items():
