@@ -393,7 +393,7 @@ def test_round_to(round_to: int) -> None:
         for scope in ("local", "global"):
             found = pruned_resnet(ratio=ratio, round_to=round_to, scope=scope)
             assert all(width % round_to == 0 or width == WIDTHS[name] for name, width in found.items())
-            assert found != WIDTHS
+            assert found != WIDTHS or ratio < 0.5  # 12 of 16 are nearer to 16 than to 8
 
 
 def test_round_to_counts_channels_and_not_heads() -> None:
