@@ -222,7 +222,7 @@ def _row(ours: dict[str, Any], theirs: dict[str, Any] | None) -> list[str]:
     for what in ("parameters", "macs"):
         row += [value(r, lambda r, what=what: f"{100 * _left(r, what):.1f}%") for r in (ours, theirs)]
     for what in ("groups", "prune"):
-        row += [value(r, lambda r, what=what: f"{r['seconds'][what]:.2f}") for r in (ours, theirs)]
+        row += [value(r, lambda r, what=what: f"{r['timing'][what]:.2f}") for r in (ours, theirs)]
     return row
 
 
