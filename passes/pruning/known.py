@@ -56,7 +56,8 @@ class Known:
     def constant(tensor: torch.Tensor) -> Known:
         """A tensor that is always this one, such as a parameter."""
         value = tensor.detach().cpu()
-        if value.is_complex() or value.layout is not torch.strided or not bool(torch.isfinite(value).all()):
+        odd = value.is_complex() or value.is_quantized or value.layout is not torch.strided
+        if odd or not bool(torch.isfinite(value).all()):
             return Known.nothing(tensor.shape)
         return Known(tuple(tensor.shape), torch.ones((), dtype=torch.bool).expand(value.shape), value)
 

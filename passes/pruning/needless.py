@@ -28,10 +28,11 @@ from fxcompress.passes.pruning.used_sizes import sizes_as_numbers
 
 __all__ = ["Fold", "Needless", "find_needless"]
 
-_KEEPS_APART = (frozenset(RULES) | frozenset(MOVEMENT) | {"embedding", "setitem"}) - REDUCTIONS - {"normalize"}
+_KEEPS_APART = (frozenset(RULES) | frozenset(MOVEMENT) | {"embedding", "setitem"}) - REDUCTIONS
 """Functions in which channels keep to themselves, or whose channels are not exact anyway."""
+_ASKS = frozenset("size dim numel shape ndim ndimension device dtype check_input stride".split())
+"""Questions about the sizes or the kind of a tensor; for sizes see :func:`sizes_as_numbers`."""
 _PLACED = frozenset(("tril", "triu"))
-_HARMLESS_IF_ZERO = frozenset(("sum", "nansum", "norm", "normalize"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,6 +155,7 @@ class _Search:
             return np.zeros(x.shape[dim] if x.shape else 1, dtype=np.int64)
         roots = self.groups.classes_of(m.ids)
         rows = np.moveaxis(roots, dim, 0).reshape(roots.shape[dim], -1)
+        assert len(rows) == x.shape[dim], "a map has the size of the tensor along its dimensions"
         if rows.shape[1] == 1:
             return rows[:, 0]
         if (rows == rows[:1]).all():  # it goes along another dimension
@@ -195,23 +197,20 @@ class _Search:
             self._keep_unless_zero(node, call, call.reduced())
         elif name == "normalize":
             self._keep_unless_zero(node, call, call.dims(call.get(2, "dim", default=1)))
-        elif not (outs or _tells_no_value(name)) or not self._keeps_apart(node, name, outs):
+        elif not self._keeps_apart(node, name, outs):
             self._keep_all(node)
 
     def _keeps_apart(self, node: fx.Node, name: str, outs: Sequence[Labelled]) -> bool:
         """Whether channels keep to themselves in the call."""
-        if not outs or name in _KEEPS_APART or (is_pointwise(name) and name not in _PLACED):
+        if name in _ASKS or name in _KEEPS_APART or (is_pointwise(name) and name not in _PLACED):
             return True
         ins = self._labelled(node.all_input_nodes[0])  # a module that acts element by element, as was found by trial
         return len(ins) == len(outs) == 1 and outs[0].maps is ins[0].maps
 
     def _keep_unless_zero(self, node: fx.Node, call: KnownCall, dims: Sequence[int]) -> None:
-        x = self.groups.found[first_input(node)]
+        """In a sum or a norm; what a mean goes over is not exact anyway."""
         for dim in dims:
-            if call.name in _HARMLESS_IF_ZERO:
-                self._keep_products([(x, call.first(), dim)])
-            else:
-                self._keep(self._along(x, dim))
+            self._keep_products([(self.groups.found[first_input(node)], call.first(), dim)])
 
     def _keep_products(self, factors: Sequence[tuple[Labelled, Known, int]]) -> None:
         """Each of ``factors``, which are multiplied, is summed over a dimension: keep what is not zero in any."""
@@ -236,8 +235,3 @@ def _is_training(call: KnownCall) -> bool:
     if call.module is not None:
         return call.module.training
     return bool(call.get(5, "training", default=False)) and isinstance(call.get(1, "running_mean"), Known)
-
-
-def _tells_no_value(name: str) -> bool:
-    """Whether it is a question about the sizes or the kind of a tensor."""
-    return name in ("size", "dim", "numel", "shape", "ndim", "ndimension", "device", "dtype", "check_input", "stride")

@@ -128,8 +128,9 @@ def _shift(layer: nn.Module, by: torch.Tensor) -> None:
     """Add ``by`` to the bias, which there may not have been."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, torch.Tensor), "of linear layers and convolutions"
-    old = bias.detach().double() if isinstance(bias, torch.Tensor) else torch.zeros((), dtype=torch.float64)
-    new = (old + by.to(old.device)).to(weight.device, weight.dtype)
+    # on the CPU, since not every accelerator has float64
+    old = bias.detach().to("cpu", torch.float64) if isinstance(bias, torch.Tensor) else 0.0
+    new = (old + by).to(weight.device, weight.dtype)
     asks = bias.requires_grad if isinstance(bias, torch.Tensor) else weight.requires_grad
     layer.bias = nn.Parameter(new, requires_grad=asks)
 

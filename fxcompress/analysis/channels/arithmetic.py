@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxcompress.analysis.channels.call import Call, Rule
-from fxcompress.analysis.channels.labels import Grouping, Labelled
+from fxcompress.analysis.channels.maps import Grouping, Labelled
 
 __all__ = ["REDUCTIONS", "RULES", "is_pointwise", "pointwise"]
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxcompress.analysis.channels.labels import Labelled, Labels
+from fxcompress.analysis.channels.labels import Labels
+from fxcompress.analysis.channels.maps import Labelled
 
 __all__ = ["Call", "Rule"]
 

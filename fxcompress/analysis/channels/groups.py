@@ -13,7 +13,7 @@ from torch import fx
 
 from fxcompress.analysis.aliasing import Aliasing, aliasing
 from fxcompress.analysis.channels.atoms import FIXED, Ids, Mask
-from fxcompress.analysis.channels.labels import Labelled, Product
+from fxcompress.analysis.channels.maps import Labelled, Product
 from fxcompress.analysis.channels.running import LabelRunner
 from fxcompress.errors import UsageError
 

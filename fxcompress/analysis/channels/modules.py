@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcompress.analysis.channels.labels import Labelled
+from fxcompress.analysis.channels.maps import Labelled
 from fxcompress.modules import ScaledDotProductAttention
 
 __all__ = ["as_function", "moves"]

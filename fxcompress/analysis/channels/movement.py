@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxcompress.analysis.channels.call import Call, Rule
-from fxcompress.analysis.channels.labels import Labelled
+from fxcompress.analysis.channels.maps import Labelled
 
 __all__ = ["RULES"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxcompress.analysis.channels.atoms import FIXED
 from fxcompress.analysis.channels.call import Call, Rule
-from fxcompress.analysis.channels.labels import Grouping, Labelled, Product
+from fxcompress.analysis.channels.maps import Grouping, Labelled, Product
 
 __all__ = ["RULES"]
 

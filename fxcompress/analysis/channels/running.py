@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from fxcompress.analysis.channels import arithmetic, movement, products
 from fxcompress.analysis.channels.atoms import Ids
 from fxcompress.analysis.channels.call import Call
-from fxcompress.analysis.channels.labels import Labelled, Labels, Product
+from fxcompress.analysis.channels.labels import Labels
+from fxcompress.analysis.channels.maps import Labelled, Product
 from fxcompress.analysis.channels.modules import as_function, moves
 from fxcompress.analysis.channels.probing import acts_elementwise, keeps_zero
 from fxcompress.analysis.running import GraphRunner
