@@ -328,20 +328,6 @@ def _plain(name: str, make: Callable[[], nn.Module], sample: Any) -> Network:
     return _finish(name, module, sample)
 
 
-def _sparse() -> Network:
-    """A ResNet with channels that make no difference: zero, constant, and unread."""
-    network = _plain("sparse", ResNet, partial(_images, 8))
-    layer1, layer2, fc = network.module.layer1, network.module.layer2, network.module.fc
-    with torch.no_grad():
-        for norm in (layer1[0].bn1, layer2[1].bn2):
-            norm.weight[:3] = 0
-            norm.bias[:2] = 0
-        layer2[0].bn2.weight[:3] = layer2[0].bn2.bias[:2] = 0
-        layer2[0].downsample[1].weight[:3] = layer2[0].downsample[1].bias[:2] = 0
-        layer2[0].conv2.weight[:, 4:7] = fc.weight[:, 5] = layer2[1].conv1.weight[:, 5] = 0
-    return network
-
-
 # Architecture, the class of transformers to build, what to feed it, and options of its config beside the common ones.
 _TINY = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
          "vocab_size": TOKENS, "max_position_embeddings": 16}  # fmt: skip
@@ -372,7 +358,6 @@ def _hugging_face(name: str) -> Network:
 
 PLAIN: dict[str, Callable[[], Network]] = {
     "resnet": partial(_plain, "resnet", ResNet, partial(_images, 8)),
-    "sparse": _sparse,
     "mobilenet": partial(_plain, "mobilenet", MobileNet, partial(_images, 8)),
     "densenet": partial(_plain, "densenet", DenseNet, partial(_images, 6)),
     "shufflenet": partial(_plain, "shufflenet", ShuffleNet, partial(_images, 8)),

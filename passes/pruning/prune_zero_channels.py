@@ -3,8 +3,8 @@
 Three kinds of channels do not matter, all provable from the parameters alone:
 
 * unread: every weight by which a layer reads the channel is zero, and nothing else uses it up;
-* zero: what makes the channel is zero (a row of a weight with its bias, the scale and shift of a batch norm), and so is
-  what operations in between make of it, wherever it is used up;
+* zero: what makes the channel is zero (a row of a weight with its bias, the scale and shift of a batch norm; a ReLU
+  that never fires, as bounds of what comes in show), and so is what is made of it, wherever it is used up;
 * constant: what makes the channel leaves a number (a bias behind a row of zeros, the shift of a batch norm whose scale
   is zero), the same at every place. The layers that read it take that number, times their weights, into their bias.
 

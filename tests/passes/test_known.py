@@ -18,7 +18,7 @@ from fxcompress.errors import TraceError
 from fxcompress.passes.pruning.known import Known
 from fxcompress.passes.pruning.known_running import KnownRunner, constants_of
 from tests.networks import Network
-from tests.passes.test_prune_zero_channels import punch_holes
+from tests.passes.zero_channels import punch_holes
 from tests.strategies import networks
 
 

@@ -20,7 +20,7 @@ _ALSO_POINTWISE = frozenset(
     """
     truediv floordiv mod rtruediv rdiv rsub radd rmul pos invert and or xor relu6 hardtanh dropout dropout1d dropout2d
     dropout3d alpha_dropout feature_alpha_dropout clone contiguous to type float half bfloat16 double int long bool
-    detach alias type_as masked_fill where clamp clip tril triu softplus softsign tanhshrink hardshrink softshrink
+    detach alias type_as masked_fill where clamp clip softplus softsign tanhshrink hardshrink softshrink
     threshold rrelu logsigmoid zeros_like ones_like empty_like full_like rand_like randn_like bernoulli
     nan_to_num cpu cuda requires_grad data real imag fill zero copy div true_divide float_power gelu silu mish elu selu
     celu hardswish hardsigmoid leaky_relu identity alpha_dropout lift_fresh rsqrt native_dropout
@@ -33,7 +33,7 @@ _ZERO_AT_ZERO = frozenset(
     relu relu6 gelu silu mish elu selu celu hardswish leaky_relu tanh sin asin atan sinh asinh abs sqrt square sign neg
     dropout dropout1d dropout2d dropout3d clone contiguous to type float half bfloat16 double detach alias type_as
     softsign tanhshrink hardshrink softshrink prelu rrelu zeros_like expm1 log1p erf round floor ceil trunc real
-    nan_to_num tril triu data identity feature_alpha_dropout zero
+    nan_to_num data identity feature_alpha_dropout zero
 """.split()
 )
 
@@ -43,7 +43,7 @@ def is_pointwise(name: str) -> bool:
     if name in _ALSO_POINTWISE:
         return True
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    if packet is None:
+    if not hasattr(packet, "overloads"):  # torch.ops.aten.name is the name of the namespace
         return False
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
 
@@ -130,6 +130,16 @@ def _along_dim(position: int, default: Any = None, frozen: bool = False, zero: b
         return call.same(x, zero and x.zero)
 
     return rule
+
+
+def _triangle(call: Call) -> Any:
+    """tril and triu: what lies where along the last two dimensions says what stays."""
+    x = call.first()
+    last = {len(x.shape) - 2, len(x.shape) - 1}
+    for m in x.maps:
+        if m.dims & last:
+            call.labels.atoms.freeze(m.ids.ravel(), f"in the order of {call.labels.place}")
+    return call.same(dataclasses.replace(x, maps=tuple(m for m in x.maps if not m.dims & last)))
 
 
 def _glu(call: Call) -> Any:
@@ -239,6 +249,7 @@ RULES: Mapping[str, Rule] = {
     "normalize": _along_dim(2, 1, zero=True),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"), _along_dim(1, frozen=True)),
     **dict.fromkeys(("sort", "argsort", "msort"), _along_dim(1, -1, frozen=True)),
+    **dict.fromkeys(("tril", "triu"), _triangle),
     "glu": _glu,
     "prelu": _prelu,
     "batch_norm": _batch_norm,
