@@ -43,7 +43,7 @@ def is_pointwise(name: str) -> bool:
     if name in _ALSO_POINTWISE:
         return True
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    if not hasattr(packet, "overloads"):  # torch.ops.aten.name is the name of the namespace
+    if packet is None or not hasattr(packet, "overloads"):  # torch.ops.aten.name is the name of the namespace
         return False
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
 
