@@ -102,13 +102,11 @@ class PruneChannels(Pass):
         assert context.example is not None, "declared in needs"
         args, kwargs = tuple(context.example.args), dict(context.example.kwargs)
         groups = channel_groups(context.gm, args, kwargs, attention=self.attention)
-        chosen = self._chosen(context, groups)
+        chosen = self._chosen(groups)
         score = self._importance().scorer(context, dataclasses.replace(groups, groups=tuple(chosen)))
         selection = Selection([self._candidate(g, score(g).numpy()) for g in chosen])
-        kept = np.ones(groups.classes, dtype=np.bool_)
         counts = self._counts(context, groups, selection)
-        kept[selection.removed(counts)] = False
-        surgery = Surgery(context.gm, groups, kept)
+        surgery = Surgery(context.gm, groups, selection.kept(counts, groups.classes))
         for node in surgery.nodes():
             yield Site(node, surgery)
         for frozen in groups.frozen:
@@ -126,7 +124,7 @@ class PruneChannels(Pass):
         return work.operate(site.node)
 
     # ------------------------------------------------------------------------------------------------- choices
-    def _chosen(self, context: PassContext, groups: ChannelGroups) -> list[Group]:
+    def _chosen(self, groups: ChannelGroups) -> list[Group]:
         makers = {path for g in groups.groups for path in g.producers} | {f.module for f in groups.frozen}
         for pattern in (*self.exclude, *self.only, *self.per_layer):
             if not any(_matches_path(path, pattern) for path in makers):
@@ -161,12 +159,8 @@ class PruneChannels(Pass):
         budget = Budget(groups, cost(context.gm, context.example.args, context.example.kwargs))
         size = budget.parameters if self.measure == "params" else budget.macs
 
-        def of(counts: Any) -> int:
-            kept = np.ones(groups.classes, dtype=np.bool_)
-            kept[selection.removed(counts)] = False
-            return size(kept)
-
-        return reach(selection, self.ratio, of, "parameters" if self.measure == "params" else "MACs")
+        what = "parameters" if self.measure == "params" else "MACs"
+        return reach(selection, self.ratio, lambda counts: size(selection.kept(counts, groups.classes)), what)
 
 
 def _matches(group: Group, patterns: Any) -> bool:

@@ -77,10 +77,12 @@ class Selection:
         pairs = zip(self.candidates, counts, strict=True)
         return [c for c, n in pairs if n > 0 and c.group.channels - n <= c.least]
 
-    def removed(self, counts: Sequence[int]) -> np.ndarray:
-        """The classes that go."""
-        found = [c.group.classes[c.order[:n]] for c, n in zip(self.candidates, counts, strict=True)]
-        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+    def kept(self, counts: Sequence[int], classes: int) -> np.ndarray:
+        """Of ``classes`` classes, which stay; boolean, of shape ``(classes,)``."""
+        kept = np.ones(classes, dtype=np.bool_)
+        for c, n in zip(self.candidates, counts, strict=True):
+            kept[c.group.classes[c.order[:n]]] = False
+        return kept
 
 
 def reach(selection: Selection, target: float, size: Callable[[Sequence[int]], int], what: str) -> list[int]:

@@ -120,10 +120,7 @@ def _along_dim(position: int, default: Any = None, frozen: bool = False, zero: b
         x = call.first()
         dims = set(call.dims(call.get(position, "dim", "axis", default=default)))
         if frozen:
-            for m in x.maps:
-                if m.dims & dims:
-                    call.labels.atoms.freeze(m.ids.ravel(), f"in the order of {call.labels.place}")
-            x = dataclasses.replace(x, maps=tuple(m for m in x.maps if not m.dims & dims))
+            x = call.labels.freeze_along(x, dims, f"in the order of {call.labels.place}")
         else:
             if not (zero and x.zero):
                 call.labels.inexact_along(x, dims)
@@ -136,10 +133,7 @@ def _triangle(call: Call) -> Any:
     """tril and triu: what lies where along the last two dimensions says what stays."""
     x = call.first()
     last = {len(x.shape) - 2, len(x.shape) - 1}
-    for m in x.maps:
-        if m.dims & last:
-            call.labels.atoms.freeze(m.ids.ravel(), f"in the order of {call.labels.place}")
-    return call.same(dataclasses.replace(x, maps=tuple(m for m in x.maps if not m.dims & last)))
+    return call.same(call.labels.freeze_along(x, last, f"in the order of {call.labels.place}"))
 
 
 def _glu(call: Call) -> Any:
@@ -227,12 +221,10 @@ def _spatial(call: Call) -> Any:
     rank = len(x.shape)
     space = next((int(d) for d in "123" if call.name.endswith(f"{d}d")), rank - 2)
     last = set(range(rank - space, rank))
-    for m in x.maps:
-        if m.dims & last:
-            call.labels.atoms.freeze(m.ids.ravel(), f"a place in space for {call.labels.place}")
+    found = call.labels.freeze_along(x, last, f"a place in space for {call.labels.place}")
     for other in call.tensors()[1:]:
         call.labels.freeze(other, f"a place in space for {call.labels.place}")
-    return call.same(dataclasses.replace(x, maps=tuple(m for m in x.maps if not m.dims & last)))
+    return call.same(found)
 
 
 _SPATIAL = """

@@ -252,14 +252,10 @@ class _Builder:
         # The signature of a class is the set of bindings that it is in: a sum of random numbers, one a binding.
         numbers = np.random.default_rng(0).integers(1, 2**62, size=len(bindings), dtype=np.int64)
         signature = np.zeros(len(made), dtype=np.int64)
-        first = np.full(len(made), -1)
         places: dict[int, list[int]] = {}
         with np.errstate(over="ignore"):
             for i, binding in enumerate(bindings):
-                classes = np.unique(binding.classes)
-                signature[classes] += numbers[i]
-                new = classes[first[classes] < 0]
-                first[new] = i
+                signature[np.unique(binding.classes)] += numbers[i]
         order = np.flatnonzero(free & (signature != 0))
         for i, binding in enumerate(bindings):
             for s in np.unique(signature[binding.classes[free[binding.classes]]]):

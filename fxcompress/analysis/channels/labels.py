@@ -21,17 +21,18 @@ class Labels(Ties):
     """What operations do to labels. Each method takes what an operation is given and returns what it gives."""
 
     # ------------------------------------------------------------------------------------------------- movement
-    def move(self, inputs: Sequence[Labelled], op: Callable[..., Any], new_dims: bool = True) -> Any:
+    def move(self, inputs: Sequence[Labelled], op: Callable[..., Any]) -> Any:
         """Run ``op``, which only moves elements, on where they are; the result has a :class:`Labelled` per tensor.
+
+        What differs along a dimension along which no input does is tied (``cat`` along another dimension than the
+        labelled one), as nothing could be removed along it.
 
         Args:
             inputs: the tensors that it moves.
             op: takes as many integer tensors of their shapes.
-            new_dims: whether what differs along a dimension along which no input does is to be tied (``cat`` along
-                another dimension than the labelled one), as nothing could be removed along it.
         """
         pairs = self._side_by_side(inputs)  # in the order of their dimensions
-        outs: list[Any] = [self._moved(inputs, maps, op, new_dims) for maps in pairs]
+        outs: list[Any] = [self._moved(inputs, maps, op) for maps in pairs]
         if outs:
             return _zip(outs, self._merged)
         why = next((x.why for x in inputs if x.why), "")
@@ -51,9 +52,7 @@ class Labels(Ties):
                     rows.append(row)
         return rows
 
-    def _moved(
-        self, inputs: Sequence[Labelled], maps: Sequence[Map | None], op: Callable[..., Any], new_dims: bool
-    ) -> Any:
+    def _moved(self, inputs: Sequence[Labelled], maps: Sequence[Map | None], op: Callable[..., Any]) -> Any:
         flat: list[Ids] = [np.full(1, FIXED)]
         positions = []
         for x, m in zip(inputs, maps, strict=True):
@@ -66,7 +65,6 @@ class Labels(Ties):
             positions.append(where.expand(x.shape))
         ids = np.concatenate(flat)
         known = frozenset().union(*(m.dims for m in maps if m is not None))
-        tie = new_dims and len(inputs) > 1
         why = next((x.why for x in inputs if x.why), "")
         zero = all(x.zero for x in inputs)
 
@@ -77,7 +75,7 @@ class Labels(Ties):
                 self.atoms.freeze(ids[small.numpy().ravel()], f"a single element of it is picked by {self.place}")
                 return Labelled(shape, (), f"picked by {self.place}", zero)
             m = Map(ids[small.numpy()], dims)
-            if tie and dims - known and dims & known:
+            if len(inputs) > 1 and dims - known and dims & known:
                 m = self._tied(m, dims - known)
             return Labelled(shape, (self._noted(m),), why, zero)
 

@@ -38,10 +38,7 @@ def _moved_with_fixed(call: Call, fixed: set[int]) -> Any:
     x, *indices = call.tensors()
     for index in indices:
         call.labels.freeze(index, f"an index for {call.labels.place}")
-    for m in x.maps:
-        if m.dims & fixed:
-            call.labels.atoms.freeze(m.ids.ravel(), f"reordered by {call.labels.place}")
-    x = dataclasses.replace(x, maps=tuple(m for m in x.maps if not m.dims & fixed))
+    x = call.labels.freeze_along(x, fixed, f"reordered by {call.labels.place}")
     return _moved(dataclasses.replace(call, args=(x, *call.args[1:])))
 
 
@@ -158,11 +155,8 @@ def _gather(call: Call) -> Any:
     parts = []
     for t in (x, index):
         bad = {d for d in range(len(t.shape)) if d == dim or x.shape[d] != index.shape[d]}
-        for m in t.maps:
-            if m.dims & bad:
-                labels.atoms.freeze(m.ids.ravel(), f"picked by {labels.place}")
-        maps = tuple(m for m in t.maps if not m.dims & bad)
-        parts.append(Labelled(tuple(1 if d in bad else s for d, s in enumerate(t.shape)), maps, t.why, t.zero))
+        left = labels.freeze_along(t, bad, f"picked by {labels.place}")
+        parts.append(dataclasses.replace(left, shape=tuple(1 if d in bad else s for d, s in enumerate(t.shape))))
     return call.same(labels.elementwise(parts, x.zero))
 
 

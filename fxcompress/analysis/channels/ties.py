@@ -93,6 +93,14 @@ class Ties:
         for m in x.maps:
             self.atoms.freeze(m.ids.ravel(), reason)
 
+    def freeze_along(self, x: Labelled, dims: Iterable[int], reason: str) -> Labelled:
+        """``x`` with what is labelled along any of ``dims`` frozen, and no longer labelled."""
+        dims = frozenset(dims)
+        for m in x.maps:
+            if m.dims & dims:
+                self.atoms.freeze(m.ids.ravel(), reason)
+        return dataclasses.replace(x, maps=tuple(m for m in x.maps if not m.dims & dims))
+
     def settle(self) -> None:
         """The run is over: freeze what was left for now, and tie what is still joint, so that every removal leaves
         rectangles."""
