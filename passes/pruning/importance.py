@@ -22,7 +22,6 @@ from fxcompress.passes.pruning.scoring import (
     Coupled,
     Importance,
     Scorer,
-    as_double,
     per_channel,
     per_index,
     producers,
@@ -47,12 +46,8 @@ __all__ = [
 
 def _powers(member: Member, p: int, channels: int) -> Tensor:
     """Sums of ``|w|^p`` over the slice of each channel."""
-    tensor = member.binding.tensor.detach()
-    dims = [d for d in range(tensor.dim()) if d != member.binding.dim]
-    if not dims or tensor.device.type == "mps":  # which has no float64
-        return per_channel(member, per_index(as_double(tensor).abs().pow(p), member.binding.dim), channels)
-    # The norm adds up in float64 as it reads, without a copy of the tensor in that dtype.
-    return per_channel(member, torch.linalg.vector_norm(tensor, p, dims, dtype=torch.float64).pow(p), channels)
+    of = Tensor.abs if p == 1 else Tensor.square
+    return per_channel(member, per_index(member.binding.tensor, member.binding.dim, of), channels)
 
 
 def _check_p(p: int) -> None:

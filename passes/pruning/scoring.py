@@ -130,9 +130,22 @@ def as_double(values: Tensor) -> Tensor:
     return (values.detach().cpu() if values.device.type == "mps" else values.detach()).double()
 
 
-def per_index(values: Tensor, dim: int) -> Tensor:
-    """Sums of ``values`` over all dimensions but ``dim``; float64, of shape ``(size of dim,)``."""
-    return as_double(values).movedim(dim, 0).reshape(values.shape[dim], -1).sum(1)
+def per_index(values: Tensor, dim: int, of: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
+    """Sums of ``of(values)`` over all dimensions but ``dim``; float64, of shape ``(size of dim,)``.
+
+    Added up in float32 where the values are no wider than that (PyTorch's sums are pairwise, so the rounding does not
+    grow with their number), which is several times as fast; in float64 where such a sum is too large.
+    """
+    values = values.detach()
+    total = _summed(of(values.to(torch.promote_types(values.dtype, torch.float32))), dim)
+    return as_double(total if bool(torch.isfinite(total).all()) else _summed(of(as_double(values)), dim))
+
+
+def _summed(values: Tensor, dim: int) -> Tensor:
+    """Sums over all dimensions but ``dim``, over what lies apart in memory first."""
+    if dim:
+        values = values.sum(tuple(range(dim)))
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
 def per_channel(member: Member, values: Tensor, channels: int) -> Tensor:

@@ -29,6 +29,7 @@ class Atoms:
         self._parent: Ids = np.zeros(1, dtype=np.int64)
         self._reason: Ids = np.full(1, _NEVER)
         self._inexact: Mask = np.zeros(1, dtype=np.bool_)
+        self._made: Mask = np.zeros(1, dtype=np.bool_)  # true at the root if it is at any of the class
         self._used = 1
         self.reasons: list[str] = []
 
@@ -42,7 +43,8 @@ class Atoms:
             size = max(self._used, 2 * len(self._parent))
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), size)])
             self._reason = np.concatenate([self._reason, np.full(size - len(self._reason), _NEVER)])
-            self._inexact = np.concatenate([self._inexact, np.zeros(size - len(self._inexact), dtype=np.bool_)])
+            more = np.zeros(size - len(self._inexact), dtype=np.bool_)
+            self._inexact, self._made = (np.concatenate([old, more]) for old in (self._inexact, self._made))
         return np.arange(start, self._used)
 
     def find(self, ids: Ids) -> Ids:
@@ -70,6 +72,7 @@ class Atoms:
             a, b = a[differ], b[differ]
             low, high = np.minimum(a, b), np.maximum(a, b)
             np.minimum.at(self._parent, high, low)  # a root hangs below the lowest of those that it meets
+            self._made[self.find(high[self._made[high]])] = True
             a, b = self.find(a), self.find(b)
 
     def tie(self, ids: Ids, axis: int, reason: str = "") -> None:
@@ -91,6 +94,15 @@ class Atoms:
     def mark_inexact(self, ids: Ids) -> None:
         """Removing ``ids`` is not the same as setting them to zero (a mean or a norm runs over them)."""
         self._inexact[ids] = True
+
+    def mark_made(self, ids: Ids) -> None:
+        """A layer makes ``ids``: they are channels, and do not just lie along them."""
+        self._made[self.find(ids)] = True
+        self._made[FIXED] = False
+
+    def any_made(self, ids: Ids) -> bool:
+        """Whether any of ``ids`` is in the class of something that a layer makes."""
+        return bool(self._made[self.find(ids)].any())
 
     def summary(self) -> tuple[Ids, Ids, Mask]:
         """For every atom its representative, the number of the reason why its class is frozen (or -1), and whether its

@@ -194,10 +194,19 @@ def channel_groups(
     if attention not in _ATTENTION:
         raise UsageError(f"attention must be one of {', '.join(_ATTENTION)}, got {attention!r}")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs or ())
-    runner = LabelRunner(gm, heads=attention == "heads")
-    runner.observe(args, example_kwargs or {})
+    return _Builder(gm, _run(gm, args, example_kwargs or {}, attention == "heads")).build()
+
+
+def _run(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], heads: bool) -> LabelRunner:
+    """A run on labels that is over; without values if it can be done without."""
+    runner = LabelRunner(gm, heads, values=False)
+    try:
+        runner.observe(args, kwargs)
+    except Exception:  # an operator without a rule for shapes, an index that is computed, code that wants values, ...
+        runner = LabelRunner(gm, heads, values=True)  # ... and what fails with values too is raised here
+        runner.observe(args, kwargs)
     runner.labels.settle()
-    return _Builder(gm, runner).build()
+    return runner
 
 
 class _Builder:
@@ -256,24 +265,28 @@ class _Builder:
         with np.errstate(over="ignore"):
             for i, binding in enumerate(bindings):
                 signature[np.unique(binding.classes)] += numbers[i]
-        order = np.flatnonzero(free & (signature != 0))
+        candidates = np.flatnonzero(free & (signature != 0))
+        order = candidates[np.argsort(signature[candidates], kind="stable")]
+        found, starts = np.unique(signature[order], return_index=True)
+        alike = dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True)) if len(order) else {}
         for i, binding in enumerate(bindings):
             for s in np.unique(signature[binding.classes[free[binding.classes]]]):
                 places.setdefault(int(s), []).append(i)
         produced = self._producing(bindings)
-        for s in sorted(np.unique(signature[order]), key=lambda s: places[int(s)][0]):
-            classes = order[signature[order] == s]
-            members = [bindings[i] for i in places[int(s)]]
-            yield self._group(classes, members, produced, bool(exact[classes].all()), len(made))
+        number = np.full(len(made), -1)  # of each class the number it has in the group at hand
+        for s, classes in sorted(alike.items(), key=lambda item: places[item[0]][0]):
+            members = [bindings[i] for i in places[s]]
+            yield self._group(classes, members, produced, bool(exact[classes].all()), number)
+            number[classes] = -1
 
     def _group(
-        self, classes: Ids, bindings: Sequence[Binding], produced: set[tuple[int, int]], exact: bool, count: int
+        self, classes: Ids, bindings: Sequence[Binding], produced: set[tuple[int, int]], exact: bool, number: Ids
     ) -> Group:
         lead = next((b for b in bindings if (id(b.tensor), b.dim) in produced), bindings[0])
-        inside = np.isin(lead.classes, classes)
-        _, index = np.unique(lead.classes[inside], return_index=True)
-        ordered = lead.classes[inside][np.sort(index)]
-        number = np.full(count, -1)
+        number[classes] = 0
+        inside = lead.classes[number[lead.classes] == 0]
+        _, index = np.unique(inside, return_index=True)
+        ordered = inside[np.sort(index)]
         number[ordered] = np.arange(len(ordered))
         members = tuple(Member(b, number[b.classes], (id(b.tensor), b.dim) in produced) for b in bindings)
         makers = self._makers[ordered]

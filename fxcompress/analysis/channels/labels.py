@@ -86,7 +86,7 @@ class Labels(Ties):
         and of heads against what each head has."""
         maps: list[Map] = []
         found = [m for x in (parts if self.heads else reversed(parts)) for m in x.maps]
-        for m in sorted(found, key=lambda m: not self._is_made(m.ids)) if len(found) > 1 else found:
+        for m in sorted(found, key=lambda m: not self.atoms.any_made(m.ids)) if len(found) > 1 else found:
             if any(m.dims & n.dims for n in maps):
                 self.atoms.freeze(m.ids.ravel(), f"merged with another dimension by {self.place}")
             else:
@@ -134,7 +134,7 @@ class Labels(Ties):
                     m = self.keep_one(m, min(m.dims) if self.heads else max(m.dims))
                     continue
                 staying = {max(m.dims) if self.heads else min(m.dims)}
-                if len(m.dims) == 2 and met and met[0].dims == staying and not self._is_made(met[0].ids):
+                if len(m.dims) == 2 and met and met[0].dims == staying and not self.atoms.any_made(met[0].ids):
                     m = self._tied(m, staying)
             maps.append(m)
         return dataclasses.replace(x, maps=tuple(maps))

@@ -12,7 +12,7 @@ from torch import nn
 from fxcompress.analysis.channels.maps import Labelled
 from fxcompress.modules import ScaledDotProductAttention
 
-__all__ = ["as_function", "moves"]
+__all__ = ["as_function", "keeps_shape", "moves"]
 
 Parameter = Callable[[torch.Tensor], Labelled]
 
@@ -97,6 +97,11 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _FUNCTIONS |= {kind: _Function(name) for kind, name in _ACTIVATIONS.items()}
 
+_KEEP_SHAPE = frozenset(_ACTIVATIONS) | {
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.PReLU, nn.Softmax, nn.LogSoftmax, nn.Softmax2d,
+}  # fmt: skip
+
 _MOVES = (nn.Flatten, nn.Unflatten, nn.PixelUnshuffle)
 
 
@@ -110,3 +115,8 @@ def as_function(module: nn.Module, parameter: Parameter) -> tuple[str, tuple[Any
 def moves(module: nn.Module) -> bool:
     """Whether ``module`` only moves elements about."""
     return type(module) in _MOVES
+
+
+def keeps_shape(module: nn.Module) -> bool:
+    """Whether what ``module`` gives has the shape of what it is given."""
+    return type(module) in _KEEP_SHAPE

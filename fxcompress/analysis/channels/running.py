@@ -16,8 +16,9 @@ from fxcompress.analysis.channels.call import Call
 from fxcompress.analysis.channels.labels import Labels
 from fxcompress.analysis.channels.maps import Labelled, Product
 from fxcompress.analysis.channels.modules import as_function, moves
-from fxcompress.analysis.channels.probing import acts_elementwise, keeps_zero
-from fxcompress.analysis.running import GraphRunner
+from fxcompress.analysis.channels.probing import keeps_zero
+from fxcompress.analysis.channels.skeleton import SkeletonRunner
+from fxcompress.editing import get_attribute
 from fxcompress.matching import describe, name_of_call, override_of
 
 __all__ = ["Bound", "LabelRunner"]
@@ -37,8 +38,8 @@ class Bound:
     labelled: Labelled
 
 
-class LabelRunner(GraphRunner):
-    """Interprets ``gm`` on values, and on labels beside them.
+class LabelRunner(SkeletonRunner):
+    """Interprets ``gm`` on values (or on their shapes, see :class:`SkeletonRunner`), and on labels beside them.
 
     Attributes:
         labels: the engine.
@@ -48,8 +49,8 @@ class LabelRunner(GraphRunner):
         produced: the channels that each node has made.
     """
 
-    def __init__(self, gm: fx.GraphModule, heads: bool) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: fx.GraphModule, heads: bool, values: bool = True) -> None:
+        super().__init__(gm, values)
         self.labels = Labels(heads)
         self.found: dict[fx.Node, Any] = {}
         self.bound: dict[int, Bound] = {}
@@ -91,7 +92,8 @@ class LabelRunner(GraphRunner):
         if n.op == "placeholder":
             return self._fixed(value, self.labels.place)
         if n.op == "get_attr":
-            return pytree.tree_map_only(torch.Tensor, self.parameter, value)
+            real = get_attribute(self._graph_module(), str(n.target))
+            return pytree.tree_map_only(torch.Tensor, self.parameter, real)
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda node: self.found[node])
         if n.op == "output":
             self._freeze((args, kwargs), "the model's output")
@@ -192,7 +194,7 @@ class LabelRunner(GraphRunner):
             return (_RULES.get(name) or arithmetic.pointwise)(call)
         if obstacle is None and len(call.tensors()) == 1 and isinstance(call.real_args[0], torch.Tensor):
             x, real = call.first(), call.real_args[0]
-            if isinstance(call.out, torch.Tensor) and acts_elementwise(module, real):
+            if isinstance(call.out, torch.Tensor) and self.is_elementwise(module, real):
                 return call.same(x, x.zero and keeps_zero(module, real))
         self._freeze_parameters(module, f"inside {self.labels.place}")
         return self._unknown(call, obstacle or "")

@@ -30,7 +30,6 @@ class Ties:
         """The contractions of the call that is running; the runner takes them away."""
         self.produced: list[Ids] = []
         """The channels that layers of the call that is running have made; the runner takes them away."""
-        self._made: list[Ids] = []
         self._late: list[tuple[Ids, str]] = []
         self._groupings: list[Grouping] = []
         self._joint: list[Map] = []
@@ -77,12 +76,7 @@ class Ties:
     def produce(self, ids: Ids) -> None:
         """A layer of the call that is running makes these channels."""
         self.produced.append(ids)
-        self._made.append(ids)
-
-    def _is_made(self, ids: Ids) -> bool:
-        """Whether a layer makes any of ``ids``: they are channels, and do not just lie along them."""
-        made = np.concatenate(self._made) if self._made else np.zeros(0, dtype=np.int64)
-        return bool(np.isin(self.atoms.find(ids.ravel()), self.atoms.find(made)).any())
+        self.atoms.mark_made(ids)
 
     def freeze_late(self, ids: Ids, reason: str) -> None:
         """Freeze ``ids`` when the run is over, so that any other reason counts first."""
