@@ -816,6 +816,11 @@ FROZEN = {
         ("6 of a: a.bias[i], out.weight[:, i]", "7 of t1: t1.bias[i], t2.weight[:, i]"),
         frozen=("5 of t2: combined by add (node 'add') with the model's input 'inputs_0'",),
     ),
+    "the dtype of another tensor": Case(  # whose shape does not matter
+        two_linears(lambda m, x: m.out(m.a(x).to(m.b(x)[0, 0, :2]).type_as(m.b(x))), b=nn.Linear(8, 4)),
+        sequence(),
+        ("6 of a: a.bias[i], out.weight[:, i]", "4 of b: b.bias[i]"),
+    ),
     "maximum over positions": Case(  # max returns a named tuple
         two_linears(lambda m, x: m.out(torch.max(m.a(x), 1)[0])), sequence(), ("6 of a: a.bias[i], out.weight[:, i]",)
     ),

@@ -31,7 +31,7 @@ _SUMS = frozenset("add radd iadd sub rsub subtract neg pos copy where lerp maxim
 _ZERO_AT_ZERO = frozenset(
     """
     relu relu6 gelu silu mish elu selu celu hardswish leaky_relu tanh sin asin atan sinh asinh abs sqrt square sign neg
-    dropout dropout1d dropout2d dropout3d clone contiguous to type float half bfloat16 double detach alias type_as
+    dropout dropout1d dropout2d dropout3d clone contiguous type float half bfloat16 double detach alias
     softsign tanhshrink hardshrink softshrink prelu rrelu zeros_like expm1 log1p erf round floor ceil trunc real
     nan_to_num data identity feature_alpha_dropout zero
 """.split()
@@ -53,6 +53,11 @@ def pointwise(call: Call) -> Any:
     operands = call.tensors()
     found = call.labels.elementwise(operands) if len(operands) > 1 else operands[0]
     return call.same(found, _stays_zero(call, [call.labels.zero_wherever(x, found) for x in operands]))
+
+
+def _like_first(call: Call) -> Any:
+    """``x.to(y)``, ``x.type_as(y)``: of y only dtype and device count."""
+    return call.same(call.first())
 
 
 def _prelu(call: Call) -> Any:
@@ -242,6 +247,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"), _along_dim(1, frozen=True)),
     **dict.fromkeys(("sort", "argsort", "msort"), _along_dim(1, -1, frozen=True)),
     **dict.fromkeys(("tril", "triu"), _triangle),
+    **dict.fromkeys(("to", "type_as"), _like_first),
     "glu": _glu,
     "prelu": _prelu,
     "batch_norm": _batch_norm,
