@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ __all__ = [
     "describe",
     "is_call",
     "is_torch_call",
+    "matches_path",
     "name_of_call",
     "override_of",
     "tensor_input",
@@ -75,6 +77,12 @@ def tensor_input(node: fx.Node) -> fx.Node | None:
     """The node that gives the first argument of ``node`` (also as ``input=`` or ``self=``), else ``None``."""
     value = argument(node, 0, "input", node.kwargs.get("self"))
     return value if isinstance(value, fx.Node) else None
+
+
+def matches_path(path: str, pattern: str) -> bool:
+    """Whether the glob ``pattern`` matches the dotted ``path`` of a module, or that of a module that it lies in."""
+    parts = path.split(".")
+    return any(fnmatch.fnmatch(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
 
 
 def override_of(module: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["AutogradCall", "MethodCall", "MultiHeadAttentionForward", "Refill", "ScaledDotProductAttention"]
+__all__ = ["AutogradCall", "GroupedLinear", "MethodCall", "MultiHeadAttentionForward", "Refill", "ScaledDotProductAttention"]
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -117,3 +117,29 @@ def _step_to(value: Any, path: tuple[tuple[str, Any], ...]) -> Any:
     for kind, key in path:
         value = value[key] if kind == "item" else getattr(value, key)
     return value
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer without bias whose features fall into groups, as the channels of a grouped convolution do.
+
+    Args:
+        in_features: features that come in, a multiple of ``groups``.
+        out_features: features that go out, a multiple of ``groups``.
+        groups: how many groups; each makes its outputs from its own inputs alone.
+        device, dtype: of the weight, of shape ``(out_features, in_features / groups)``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, groups: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.groups = in_features, out_features, groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // groups, device=device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From ``(..., in_features)`` to ``(..., out_features)``."""
+        rows = x.reshape(-1, self.groups, self.in_features // self.groups).transpose(0, 1)
+        weight = self.weight.view(self.groups, self.out_features // self.groups, -1).transpose(1, 2)
+        return torch.bmm(rows, weight).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +18,7 @@ import numpy as np
 from fxcompress.analysis.channels import ChannelGroups, Group, channel_groups
 from fxcompress.analysis.cost import cost
 from fxcompress.errors import PreconditionError, UsageError
+from fxcompress.matching import matches_path
 from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
 from fxcompress.passes.pruning.budget import Budget
 from fxcompress.passes.pruning.importance import IMPORTANCES, Importance
@@ -127,7 +127,7 @@ class PruneChannels(Pass):
     def _chosen(self, groups: ChannelGroups) -> list[Group]:
         makers = {path for g in groups.groups for path in g.producers} | {f.module for f in groups.frozen}
         for pattern in (*self.exclude, *self.only, *self.per_layer):
-            if not any(_matches_path(path, pattern) for path in makers):
+            if not any(matches_path(path, pattern) for path in makers):
                 near = difflib.get_close_matches(pattern, sorted(makers), n=3, cutoff=0.0)
                 raise UsageError(f"no module path matches {pattern!r}; near it: {', '.join(near)}")
         return [
@@ -164,10 +164,4 @@ class PruneChannels(Pass):
 
 
 def _matches(group: Group, patterns: Any) -> bool:
-    return any(_matches_path(path, pattern) for path in group.producers for pattern in patterns)
-
-
-def _matches_path(path: str, pattern: str) -> bool:
-    """Whether ``pattern`` matches ``path`` or a module that it lies in."""
-    parts = path.split(".")
-    return any(fnmatch.fnmatch(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+    return any(matches_path(path, pattern) for path in group.producers for pattern in patterns)

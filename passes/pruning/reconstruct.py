@@ -36,15 +36,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcompress import matching
 from fxcompress.analysis.aliasing import Aliasing, aliasing
 from fxcompress.analysis.channels import Labelled
+from fxcompress.analysis.patches import READABLE, Readable, output_places, rows_at
 from fxcompress.analysis.running import SteppedRun
 from fxcompress.calibration import checked
 from fxcompress.editing import private_copy
@@ -60,8 +60,6 @@ _ONE_IN = 4
 """One sample in as many is held out."""
 _RIDGES = tuple(10.0**-i for i in range(-2, 13))
 
-_Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _READERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _FUNCTIONS = ("linear", "bilinear", *(f"conv{t}{i}d" for t in ("", "_transpose") for i in (1, 2, 3)))
 
@@ -124,7 +122,7 @@ def _obstacle(gm: fx.GraphModule, node: fx.Node, shared: Aliasing) -> str | None
     if node.op != "call_module":
         return "it is called as a function; tracing with example inputs makes it a module"
     module = gm.get_submodule(str(node.target))
-    if not isinstance(module, _LAYERS) or type(module) not in _LAYERS or module.weight.is_complex():
+    if not isinstance(module, READABLE) or type(module) not in READABLE or module.weight.is_complex():
         return f"of {type(module).__name__} there is no refit, only of real linear layers and convolutions"
     if not shared.is_private(module):
         return "it is called several times, or shares its weights"
@@ -149,7 +147,7 @@ class _Sweep:
         tensors = [*gm.parameters(), *gm.buffers()]
         self.cuda = sorted({t.device.index for t in tensors if t.is_cuda})
 
-    def until(self, wanted: fx.Node) -> tuple[_Layer, _Layer, list[tuple[Tensor, Tensor]]]:
+    def until(self, wanted: fx.Node) -> tuple[Readable, Readable, list[tuple[Tensor, Tensor]]]:
         """Go on to the layer that ``wanted`` calls.
 
         Returns:
@@ -186,7 +184,7 @@ class _Fit:
     detail: Mapping[str, Any]
 
 
-def _fit(layer: _Layer, values: list[tuple[Tensor, Tensor]], kept: Tensor | None) -> _Fit:
+def _fit(layer: Readable, values: list[tuple[Tensor, Tensor]], kept: Tensor | None) -> _Fit:
     """The weights with which ``layer`` comes nearest to what it gave.
 
     Args:
@@ -220,7 +218,7 @@ def _fit(layer: _Layer, values: list[tuple[Tensor, Tensor]], kept: Tensor | None
     )
 
 
-def _moments(layer: _Layer, rows: _Rows, w: Tensor, basis: Tensor | None) -> tuple[_Sums, _Sums, float]:
+def _moments(layer: Readable, rows: _Rows, w: Tensor, basis: Tensor | None) -> tuple[_Sums, _Sums, float]:
     """Of inputs and what is missing at the outputs: for rows to fit and for those held out; and the sum of |y|^2."""
     parts: list[_Sums | None] = [None, None]
     total = 0.0
@@ -319,7 +317,7 @@ class _Rows:
     """The rows of one layer, batch by batch and the same ones every time: ``(groups, rows, unknowns)`` of the input,
     ``(rows, outputs)`` of the original output, and which of them are held out; float64."""
 
-    def __init__(self, layer: _Layer, values: list[tuple[Tensor, Tensor]], kept: Tensor | None) -> None:
+    def __init__(self, layer: Readable, values: list[tuple[Tensor, Tensor]], kept: Tensor | None) -> None:
         self._layer, self._kept = layer, kept
         self._values = [_with_samples(layer, x, y) for x, y in values]
         counts = [(len(y), min(math.prod(_places(layer, y)), _PLACES)) for _, y in self._values]
@@ -352,50 +350,22 @@ def _basis(rows: _Rows) -> Tensor:
     return spanned
 
 
-def _places(layer: _Layer, y: Tensor) -> tuple[int, ...]:
+def _places(layer: Readable, y: Tensor) -> tuple[int, ...]:
     """The sizes of an output without samples and channels."""
     return tuple(y.shape[1:-1] if isinstance(layer, nn.Linear) else y.shape[2:])
 
 
-def _with_samples(layer: _Layer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _with_samples(layer: Readable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Input and original output with samples in the first dimension."""
     if y.dim() == (1 if isinstance(layer, nn.Linear) else layer.weight.dim() - 1):
         x, y = x[None], y[None]
-    now = x.shape[1:-1] if isinstance(layer, nn.Linear) else _output_sizes(layer, _padded(layer, x))
-    if len(x) != len(y) or tuple(now) != _places(layer, y):
+    if len(x) != len(y) or output_places(layer, x) != _places(layer, y):
         raise _NotRefitted("its output had other places in the original network")
     return x, y
 
 
-def _take(layer: _Layer, x: Tensor, y: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _take(layer: Readable, x: Tensor, y: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Rows at ``chosen`` places, ``(samples, places)``: ``(rows, groups, unknowns)`` and ``(rows, outputs)``."""
     samples = torch.arange(len(y), device=chosen.device)[:, None]
-    if isinstance(layer, nn.Linear):
-        flat_x, flat_y = (v.reshape(len(v), -1, v.shape[-1])[samples, chosen] for v in (x, y))
-        return flat_x.flatten(0, 1)[:, None], flat_y.flatten(0, 1)
-    padded = _padded(layer, x)
-    corner = torch.unravel_index(chosen, _places(layer, y))
-    index = torch.zeros_like(chosen)[..., None]  # of each element of a patch in the flattened input
-    for i, (k, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        along = corner[i][..., None] * stride + torch.arange(k, device=chosen.device) * dilation
-        index = (index[..., None] * padded.shape[2 + i] + along[..., None, :]).flatten(2)
-    patches = padded.flatten(2).transpose(1, 2)[samples[..., None], index]  # (samples, places, kernel, channels)
-    patches = patches.flatten(0, 1).transpose(1, 2)
-    return patches.reshape(len(patches), layer.groups, -1), y.flatten(2).transpose(1, 2)[samples, chosen].flatten(0, 1)
-
-
-def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    padding: list[int] = []
-    for i in reversed(range(len(layer.kernel_size))):
-        if layer.padding == "same":
-            both = layer.dilation[i] * (layer.kernel_size[i] - 1)
-            padding += [both // 2, both - both // 2]
-        elif not isinstance(layer.padding, str):
-            padding += [layer.padding[i]] * 2
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, padding, mode) if any(padding) else x
-
-
-def _output_sizes(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, padded: Tensor) -> tuple[int, ...]:
-    steps = zip(padded.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return tuple((size - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, dilation in steps)
+    given = y.reshape(len(y), -1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2)
+    return rows_at(layer, x, chosen), given[samples, chosen].flatten(0, 1)

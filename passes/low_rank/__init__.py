@@ -1,0 +1,6 @@
+"""Low rank: layers become pairs of smaller ones by truncated singular value decompositions of slices (ALDS)."""
+
+from fxcompress.passes.low_rank.alds import Alds, AldsPlus
+from fxcompress.passes.low_rank.errors import ERRORS, ErrorMeasure
+
+__all__ = ["ERRORS", "Alds", "AldsPlus", "ErrorMeasure"]
