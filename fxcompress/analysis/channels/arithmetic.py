@@ -161,8 +161,12 @@ def _combined(call: Call, x: Labelled, parameter: Any, dims: list[int]) -> Label
     """``x`` with a parameter, if there is one, that lies along ``dims``."""
     if not isinstance(parameter, Labelled):
         return x
-    shape = [s if d in dims else 1 for d, s in enumerate(x.shape)]
-    wide = call.labels.move([parameter], lambda t: t.reshape(shape))
+    shape = tuple(s if d in dims else 1 for d, s in enumerate(x.shape))
+    if len(dims) == 1 and len(parameter.shape) == 1:
+        maps = tuple(call.labels.along(m.ids, dims[0], len(shape)) for m in parameter.maps)
+        wide = dataclasses.replace(parameter, shape=shape, maps=maps)
+    else:
+        wide = call.labels.move([parameter], lambda t: t.reshape(shape))
     return call.labels.elementwise([x, wide], x.zero)
 
 

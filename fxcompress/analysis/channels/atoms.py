@@ -52,7 +52,7 @@ class Atoms:
         root = self._parent[ids]
         while True:
             above = self._parent[root]
-            if np.array_equal(above, root):
+            if (above == root).all():
                 break
             root = above
         self._parent[ids] = root
@@ -67,8 +67,7 @@ class Atoms:
             movable = ~(fixed_a | fixed_b)
             a, b = a[movable], b[movable]
         a, b = self.find(a), self.find(b)
-        while len(a):
-            differ = a != b
+        while (differ := a != b).any():
             a, b = a[differ], b[differ]
             low, high = np.minimum(a, b), np.maximum(a, b)
             np.minimum.at(self._parent, high, low)  # a root hangs below the lowest of those that it meets

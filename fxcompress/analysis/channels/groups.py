@@ -296,16 +296,18 @@ class _Builder:
     def _producing(self, bindings: Sequence[Binding]) -> set[tuple[int, int]]:
         """The tensors (by identity) and dimensions along which the channels lie that a layer makes: those whose own
         atoms they are or, where a layer has made atoms for them, those of its tensors that have the same classes."""
-        owner: dict[int, tuple[int, int]] = {}
+        keys: list[tuple[int, int]] = []
+        owner = np.full(len(self.atoms), -1)  # of each atom, which of the keys
         for bound in self.runner.bound.values():
             for m in bound.labelled.maps:
-                owner |= dict.fromkeys(m.ids.ravel().tolist(), (id(bound.tensor), next(iter(m.dims))))
+                owner[m.ids.ravel()] = len(keys)
+                keys.append((id(bound.tensor), next(iter(m.dims))))
         known = {(id(b.tensor), b.dim): b for b in bindings}
         found: set[tuple[int, int]] = set()
         for node, vectors in self.runner.produced.items():
             for v in vectors:
                 made = v[v != FIXED]
-                owners = {owner[i] for i in made.tolist() if i in owner}
+                owners = {keys[i] for i in np.unique(owner[made]).tolist() if i >= 0}
                 if not owners and len(made) and node.op == "call_module":
                     classes = set(self.atoms.find(made).tolist())
                     inside = {id(p) for p in self.gm.get_submodule(str(node.target)).parameters()}
