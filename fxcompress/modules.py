@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["AutogradCall", "GroupedLinear", "MethodCall", "MultiHeadAttentionForward", "Refill", "ScaledDotProductAttention"]
+__all__ = [
+    "AutogradCall",
+    "GroupedLinear",
+    "MethodCall",
+    "MultiHeadAttentionForward",
+    "Refill",
+    "ScaledDotProductAttention",
+]
 
 
 class ScaledDotProductAttention(nn.Module):

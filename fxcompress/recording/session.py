@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcompress.errors import TraceError
-from fxcompress.modules import AutogradCall
+from fxcompress.modules import AutogradCall, GroupedLinear
 from fxcompress.recording import functions, internals
 from fxcompress.recording.arguments import Arguments
 from fxcompress.recording.facts import Depends, Ledger, version
@@ -404,7 +404,8 @@ class Session(TorchFunctionMode):
 
 
 def _is_torch_module(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
+    named = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
+    return named or type(module) is GroupedLinear  # which could as well be one
 
 
 def is_leaf(module: nn.Module) -> bool:

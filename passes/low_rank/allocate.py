@@ -21,6 +21,7 @@ nearest to the bound are kept, and the gap that is reported need not be closed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -125,7 +126,9 @@ def constant_ratio(layers: Sequence[Options], budget: float) -> Allocation:
             picks.append(int(f[max(place, 0)]))
         return picks
 
-    parts = np.unique(np.concatenate([np.zeros(1), *(o.size[f] / o.size[0] for o, f in zip(layers, fronts, strict=True))]))
+    parts = np.unique(
+        np.concatenate([np.zeros(1), *(o.size[f] / o.size[0] for o, f in zip(layers, fronts, strict=True))])
+    )
     low, high = 0, len(parts) - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -180,7 +183,7 @@ def _relaxed(sizes: list[np.ndarray], costs: list[np.ndarray], budget: float) ->
     steps = []
     for layer, (size, cost) in enumerate(zip(sizes, costs, strict=True)):
         hull = _hull(size, cost)
-        for a, b in zip(hull, hull[1:], strict=False):
+        for a, b in itertools.pairwise(hull):
             steps.append((float(cost[a] - cost[b]) / float(size[b] - size[a]), layer, b, float(size[b] - size[a])))
     steps.sort(key=lambda s: (-s[0], s[1], s[2]))
     picks = [0] * len(sizes)

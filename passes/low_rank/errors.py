@@ -3,32 +3,34 @@
 With ``sigma_i,l`` the singular values of slice i of the folded weight W (of all groups of a grouped layer), sigma_1 the
 largest singular value of W, and k the number of slices, at rank j:
 
-==============  ==============================================================================================
+==============  ======================================================================================================
 ``operator``    ``max_i sigma_i,j+1 / sigma_1``: what the code of the ALDS authors minimises. A lower bound of
                 ``residual``: it flatters many slices.
 ``bound``       ``sqrt(k) max_i sigma_i,j+1 / sigma_1``: Theorem 1 of Liebenwein et al. 2021 (arXiv 2107.11442), an
                 upper bound of ``residual``.
 ``residual``    ``||W - W'|| / sigma_1``, the spectral norm of what is missing, itself.
 ``frobenius``   ``sqrt(sum_i sum_l>j sigma_i,l^2) / ||W||_F``: the relative error of the output on white input.
-``activation``  ``sqrt(sum_i sum_l>j s_i,l^2 / sum s^2)`` with s the singular values of ``W_i C_i^(1/2)``, C the moment of
-                the layer's input on the calibration data: the relative error of the output there, as far as the
-                slices' inputs are uncorrelated.
-==============  ==============================================================================================
+``activation``  ``sqrt(sum_i sum_l>j s_i,l^2 / sum s^2)`` with s the singular values of ``W_i C_i^(1/2)``, C the
+                moment of the layer's input on the calibration data: the relative error of the output there, as far as
+                the slices' inputs are uncorrelated.
+``log-energy``  ``sqrt(-log(1 - activation^2))``: for the objective of :class:`.baselines.Pca`.
+==============  ======================================================================================================
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxcompress.errors import UsageError
 from fxcompress.passes.low_rank.folding import Folding, Layer
 from fxcompress.passes.low_rank.spectra import Spectrum, factors
 
-__all__ = ["ERRORS", "Activation", "Bound", "ErrorMeasure", "Frobenius", "Operator", "Residual"]
+__all__ = ["ERRORS", "Activation", "Bound", "ErrorMeasure", "Frobenius", "LogEnergy", "Operator", "Residual", "Scale"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +66,16 @@ class Scale:
         return cls(max(float(whole.squares.max()), tiny), max(float(whole.squares.sum()), tiny))
 
 
-def _next(found: Spectrum, ranks: np.ndarray) -> np.ndarray:
+def _next(found: Spectrum, ranks: np.ndarray) -> Any:
     """The largest squared singular value that rank j leaves out, over all slices."""
     largest = found.squares.amax(0)
-    return torch.cat([largest, largest.new_zeros(1)]).numpy()[ranks]
+    return np.append(largest.numpy(), 0.0)[ranks]
 
 
-def _tail(found: Spectrum, ranks: np.ndarray) -> np.ndarray:
+def _tail(found: Spectrum, ranks: np.ndarray) -> Any:
     """The sum of the squared singular values that rank j leaves out."""
     sums = found.squares.sum(0).flip(0).cumsum(0).flip(0)
-    return torch.cat([sums, sums.new_zeros(1)]).numpy()[ranks]
+    return np.append(sums.numpy(), 0.0)[ranks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Bound(ErrorMeasure):
 class Residual(ErrorMeasure):
     """See the module: the true spectral norm of the residual.
 
-    With one slice it is ``operator``. With more, ``R R' = sum_i U_i diag(sigma_i,l>j^2) U_i'`` is set up and its largest
-    eigenvalue worked out for each rank looked at, so there are fewer of them.
+    With one slice it is ``operator``. With more, ``R R' = sum_i U_i diag(sigma_i,l>j^2) U_i'`` is set up and its
+    largest eigenvalue worked out for each rank looked at, so there are fewer of them.
     """
 
     name: ClassVar[str] = "residual"
@@ -114,10 +116,7 @@ class Residual(ErrorMeasure):
         if found.slices == 1:
             return np.sqrt(_next(found, ranks) / scale.largest)
         left, right = factors(layer, folding, found.scheme, found.slices, found.rank)
-        norms = []
-        for j in ranks.tolist():
-            # Slices lie side by side: (groups, rows, slices * rest) times the rows of V, which are orthogonal in a slice.
-            norms.append(self._norm(left[:, :, j:], right[:, j:], folding.groups))
+        norms = [self._norm(left[:, :, j:], right[:, j:], folding.groups) for j in ranks.tolist()]
         return np.sqrt(np.minimum.accumulate(np.array(norms)) / scale.largest)
 
     @staticmethod
@@ -149,10 +148,36 @@ class Frobenius(ErrorMeasure):
 
 @dataclasses.dataclass(frozen=True)
 class Activation(Frobenius):
-    """See the module: as ``frobenius``, weighted by what the layer reads on the calibration data."""
+    """See the module: as ``frobenius``, weighted by what the layer reads on the calibration data.
+
+    Args:
+        shrinkage: from 0 to 1, how much of the moment is replaced by a multiple of the identity: few data say nothing
+            about most directions. At 1 only the mean counts, which the bias takes up.
+    """
 
     name: ClassVar[str] = "activation"
     needs_data: ClassVar[bool] = True
+    shrinkage: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"shrinkage is a part, from 0 to 1, got {self.shrinkage}")
 
 
-ERRORS: dict[str, type[ErrorMeasure]] = {m.name: m for m in (Operator, Bound, Residual, Frobenius, Activation)}
+@dataclasses.dataclass(frozen=True)
+class LogEnergy(Activation):
+    """``sqrt(-log(1 - e^2))`` with e the ``activation`` error: the sum of the squares over layers is least where the
+    product of the parts of variance that they keep is largest."""
+
+    name: ClassVar[str] = "log-energy"
+
+    def curve(self, layer: Layer, folding: Folding, found: Spectrum, ranks: np.ndarray, scale: Scale) -> np.ndarray:
+        """See :meth:`ErrorMeasure.curve`."""
+        lost = super().curve(layer, folding, found, ranks, scale) ** 2
+        kept: np.ndarray = 1 - np.minimum(lost, 1 - np.finfo(np.float64).eps)
+        return np.sqrt(-np.log(kept))
+
+
+ERRORS: dict[str, type[ErrorMeasure]] = {
+    m.name: m for m in (Operator, Bound, Residual, Frobenius, Activation, LogEnergy)
+}

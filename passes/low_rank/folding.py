@@ -16,16 +16,17 @@ scheme  matrix                   encoder       decoder
 With other than two kernel dimensions, scheme 1 gives the decoder the first of them and scheme 2 the others. Where a
 kernel has size 1 in some of them, several schemes are the same; :meth:`Folding.distinct` keeps one of each.
 
-The input channels are cut into ``k`` equal slices; each has a factorisation of rank ``j`` of its own, ``W_i = U_i V_i``:
-the encoder is a convolution with ``k`` groups and ``k j`` outputs, the decoder adds the slices up. A layer of ``g``
-groups is ``g`` layers beside each other, each cut into ``k`` slices.
+The input channels are cut into ``k`` equal slices; each has a factorisation of rank ``j`` of its own,
+``W_i = U_i V_i``: the encoder is a convolution with ``k`` groups and ``k j`` outputs, the decoder adds the slices up. A
+layer of ``g`` groups is ``g`` layers beside each other, each cut into ``k`` slices.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +96,11 @@ class Folding:
 
     def distinct(self, schemes: tuple[int, ...]) -> tuple[int, ...]:
         """One of each that are the same, in ascending order; 0 and 3 stand for 1 and 2 where these are such."""
-        seen = {}
+        seen: dict[tuple[bool, ...], int] = {}
         for scheme in sorted(schemes, key=lambda s: (s in (1, 2), s)):
-            seen.setdefault(tuple(d for d, k in zip(self.by_decoder(scheme), self.kernel, strict=True) if k > 1), scheme)
+            seen.setdefault(
+                tuple(d for d, k in zip(self.by_decoder(scheme), self.kernel, strict=True) if k > 1), scheme
+            )
         return tuple(sorted(seen.values()))
 
     def taps(self, scheme: int) -> tuple[int, int]:
@@ -138,7 +141,9 @@ class Folding:
     def _kernel_of(self, scheme: int, decoder: bool) -> tuple[int, ...]:
         return tuple(k if d == decoder else 1 for k, d in zip(self.kernel, self.by_decoder(scheme), strict=True))
 
-    def pair(self, layer: Layer, scheme: int, left: Tensor, right: Tensor, bias: Tensor | None) -> tuple[nn.Module, nn.Module]:
+    def pair(
+        self, layer: Layer, scheme: int, left: Tensor, right: Tensor, bias: Tensor | None
+    ) -> tuple[nn.Module, nn.Module]:
         """The encoder and the decoder that stand for ``layer``.
 
         Args:
@@ -179,37 +184,40 @@ class Folding:
     def _convolutions(
         self, layer: nn.modules.conv._ConvNd, scheme: int, slices: int, rank: int, bias: bool
     ) -> tuple[nn.Module, nn.Module]:
-        width = self.groups * slices * rank
-        made = []
-        for decoder, into, out, groups in (
-            (False, layer.in_channels, width, self.groups * slices),
-            (True, width, layer.out_channels, self.groups),
-        ):
-            mine = [d == decoder for d in self.by_decoder(scheme)]
-            options = {
-                name: tuple(v if m else neutral for v, m in zip(getattr(layer, name), mine, strict=True))
-                for name, neutral in (("stride", 1), ("dilation", 1))
-            }
-            if isinstance(layer.padding, str):
-                padding: str | tuple[int, ...] = layer.padding
-            else:
-                padding = tuple(p if m else 0 for p, m in zip(layer.padding, mine, strict=True))
-            if isinstance(layer, _TRANSPOSED):
-                options["output_padding"] = tuple(
-                    p if m else 0 for p, m in zip(layer.output_padding, mine, strict=True)
-                )
-            kind = type(layer)
-            if isinstance(layer, _TRANSPOSED) and not any(mine):  # a transposed convolution that does nothing else
+        width, slices_in_all = self.groups * slices * rank, self.groups * slices
+        encoder = self._part(layer, scheme, False, (layer.in_channels, width, slices_in_all), False)
+        return encoder, self._part(layer, scheme, True, (width, layer.out_channels, self.groups), bias)
+
+    def _part(
+        self, layer: nn.modules.conv._ConvNd, scheme: int, decoder: bool, sizes: tuple[int, int, int], bias: bool
+    ) -> nn.Module:
+        """The convolution that does its part of the kernel of ``layer``, and is of size 1 in the other dimensions.
+        ``sizes`` are channels that come in, channels that go out, groups."""
+        mine = [d == decoder for d in self.by_decoder(scheme)]
+
+        def own(values: Sequence[int], neutral: int) -> tuple[int, ...]:
+            return tuple(v if m else neutral for v, m in zip(values, mine, strict=True))
+
+        into, out, groups = sizes
+        options: dict[str, Any] = {
+            "kernel_size": own(self.kernel, 1),
+            "stride": own(layer.stride, 1),
+            "dilation": own(layer.dilation, 1),
+            "padding": layer.padding if isinstance(layer.padding, str) else own(layer.padding, 0),
+            "padding_mode": layer.padding_mode,
+            "groups": groups,
+            "bias": bias,
+            "device": layer.weight.device,
+            "dtype": layer.weight.dtype,
+        }
+        kind: Any = type(layer)
+        if isinstance(layer, _TRANSPOSED):
+            if any(mine):
+                options["output_padding"] = own(layer.output_padding, 0)
+            else:  # a transposed convolution that moves nothing
                 kind = _CONVOLUTIONS[len(self.kernel) - 1]
-                del options["output_padding"]
-            made.append(
-                kind(
-                    into, out, self._kernel_of(scheme, decoder), padding=padding, groups=groups,
-                    bias=bias and decoder, padding_mode=layer.padding_mode,
-                    device=layer.weight.device, dtype=layer.weight.dtype, **options,
-                )  # fmt: skip
-            )
-        return made[0], made[1]
+        part: nn.Module = kind(into, out, **options)
+        return part
 
     def _encoder_weight(self, module: nn.Module, scheme: int, right: Tensor) -> Tensor:
         slices, rank = len(right) // self.groups, right.shape[1]
@@ -229,12 +237,10 @@ class Folding:
         return weight.flatten(0, 1)
 
 
-def _fill(module: nn.Module, weight: Tensor, like: Tensor) -> None:
-    parameter = module.weight
-    assert isinstance(parameter, nn.Parameter), "layers have a weight"
+def _fill(module: Any, weight: Tensor, like: Tensor) -> None:
+    """Give ``module`` its weight, in the memory format of ``like``."""
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        parameter = module.weight  # type: ignore[assignment]
+        module.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        parameter.copy_(weight)
-    parameter.requires_grad_(like.requires_grad)
+        module.weight.copy_(weight)
+    module.weight.requires_grad_(like.requires_grad)

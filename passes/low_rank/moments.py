@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxcompress.analysis.patches import READABLE, output_places, rows_at
 from fxcompress.passes.low_rank.folding import Folding, Layer
 
-__all__ = ["Moments", "MomentsObserver", "observable"]
+__all__ = ["Moments", "MomentsObserver", "observable", "slices_of"]
 
 _PLACES = 64
 """Of each sample as many places are looked at, drawn from a fixed seed."""
@@ -31,15 +31,42 @@ class Moments:
     mean: Tensor
     second: Tensor
 
-    def covariance(self) -> Tensor:
-        """``E[(x - mean) (x - mean)']``."""
-        return self.second - self.mean[:, :, None] * self.mean[:, None]
+    def weighting(self, layer: Layer, shrinkage: float) -> Tensor:
+        """What the weight of ``layer`` is multiplied by: the covariance if it has a bias, which takes up the mean,
+        else the second moment; mixed with a multiple of the identity of the same trace, which stands for what the data
+        do not show and makes it regular.
+
+        Returns:
+            Of the shape of :attr:`second`.
+        """
+        found = self.second
+        if layer.bias is not None:
+            found = found - self.mean[:, :, None] * self.mean[:, None]
+        level = found.diagonal(dim1=1, dim2=2).mean(-1)
+        white = torch.eye(found.shape[-1], dtype=found.dtype) * level[:, None, None]
+        return (1 - shrinkage) * found + shrinkage * white
+
+    def of_mean(self, folding: Folding, missing: Tensor) -> Tensor:
+        """What the missing part of a weight gives on the mean input; borders aside.
+
+        Args:
+            folding: of the layer.
+            missing: the weight less the pair's, ``(groups * slices, rows, columns)``.
+
+        Returns:
+            For each output, ``(all outputs,)``.
+        """
+        mean = self.mean.reshape(len(missing), -1, 1)
+        given = (missing @ mean).reshape(folding.groups, -1, folding.outputs, missing.shape[1] // folding.outputs)
+        return given.sum((1, 3)).flatten()
 
     @classmethod
-    def merged(cls, parts: list[Moments]) -> Moments:
-        """Of the rows of all ``parts`` (the calls of a shared layer)."""
+    def merged(cls, parts: list[Moments]) -> Moments | None:
+        """Of the rows of all ``parts`` (the calls of a shared layer); ``None`` if there are none."""
         count = sum(p.count for p in parts)
-        shares = [p.count / max(count, 1) for p in parts]
+        if not count:
+            return None
+        shares = [p.count / count for p in parts]
         mean = torch.stack([s * p.mean for s, p in zip(shares, parts, strict=True)]).sum(0)
         second = torch.stack([s * p.second for s, p in zip(shares, parts, strict=True)]).sum(0)
         return cls(count, mean, second)
@@ -51,7 +78,7 @@ def observable(layer: Layer, folding: Folding, scheme: int) -> bool:
 
 
 def slices_of(second: Tensor, slices: int) -> Tensor:
-    """The blocks of ``(groups, size, size)`` along the diagonal, ``(groups * slices, size / slices, size / slices)``."""
+    """The blocks along the diagonal of ``(groups, n, n)``, of shape ``(groups * slices, n / slices, n / slices)``."""
     groups, size, _ = second.shape
     blocks = second.reshape(groups, slices, size // slices, slices, size // slices)
     return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
@@ -80,6 +107,8 @@ class MomentsObserver:
 
     def update(self, value: Tensor) -> None:
         """Take in one input of the layer."""
+        if not value.numel():
+            return
         unbatched = 1 if isinstance(self._encoder, nn.Linear) else self._encoder.weight.dim() - 1
         value = value[None] if value.dim() == unbatched else value
         places = math.prod(output_places(self._encoder, value))

@@ -5,8 +5,8 @@ float64. With eps the machine epsilon, an eigenvalue is off by about eps times t
 at most sqrt(eps) = 1.5e-8 times the largest: far less than the errors that are compared, and many times as fast as a
 singular value decomposition. Factors, for the few candidates that are chosen, are worked out in the same way.
 
-With second moments of the inputs, ``C = E[x x']`` of what the columns of the folded weight read, the singular values are
-those of ``W_i C_i^(1/2)``, whose squares are what a slice contributes to the mean square of the output.
+With second moments of the inputs, ``C = E[x x']`` of what the columns of the folded weight read, the singular values
+are those of ``W_i C_i^(1/2)``, whose squares are what a slice contributes to the mean square of the output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def spectrum(layer: Layer, folding: Folding, scheme: int, slices: int, moment: T
     Args:
         layer: the layer.
         folding: of that layer.
-        scheme, slices: how it is folded and cut.
+        scheme: how it is folded.
+        slices: into how many it is cut.
         moment: for each slice the second moment of what it reads, ``(groups * slices, columns, columns)``.
     """
     gram, _ = _gram(folding.matrices(layer, scheme, slices), moment)
@@ -67,7 +68,8 @@ def _gram(w: Tensor, moment: Tensor | None) -> tuple[Tensor, bool]:
 def _root(moment: Tensor) -> Tensor:
     """The symmetric square root of each matrix, which is positive semidefinite."""
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp_min(0.0).sqrt()[:, None] @ vectors.mT
+    root: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None] @ vectors.mT
+    return root
 
 
 def factors(

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import PreconditionError
-from fxcompress.passes.low_rank.allocate import Options
 from fxcompress.passes.low_rank.errors import ErrorMeasure, Scale
 from fxcompress.passes.low_rank.folding import Choice, Folding, Layer
-from fxcompress.passes.low_rank.moments import Moments, observable, slices_of
+from fxcompress.passes.low_rank.moments import observable, slices_of
 from fxcompress.passes.low_rank.spectra import spectrum
 
-__all__ = ["Places", "Table", "table_of"]
+__all__ = ["Places", "Table", "between", "table_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +71,6 @@ class Table:
     error: np.ndarray
     notes: tuple[str, ...] = ()
 
-    def options(self, size: np.ndarray) -> Options:
-        """For the allocation, with ``size`` what there is a budget of."""
-        return Options(size, self.error)
-
     def choice(self, option: int) -> Choice | None:
         """What an option is; ``None`` for the layer as it is."""
         if option == 0:
@@ -90,7 +85,7 @@ def table_of(
     measure: ErrorMeasure,
     schemes: Sequence[int],
     slices: Callable[[int], bool],
-    moments: Mapping[int, Moments],
+    weightings: Mapping[int, Tensor],
     by: str,
 ) -> Table:
     """The options of ``layer``, which is at ``path``.
@@ -102,7 +97,7 @@ def table_of(
         measure: of errors.
         schemes: those allowed.
         slices: whether a number of slices is allowed.
-        moments: for each scheme those of the inputs, where there are any.
+        weightings: for each scheme ``C`` of the inputs, where it is known.
         by: ``"params"`` or ``"macs"``: only options with fewer of these count.
 
     Raises:
@@ -114,19 +109,18 @@ def table_of(
     parts = [_whole(folding, places)]
     notes = []
     for scheme in folding.distinct(tuple(schemes)):
-        found = moments.get(scheme)
-        if measure.needs_data and (found is None or not found.count):
+        weighting = weightings.get(scheme)
+        if measure.needs_data and weighting is None:
             reason = "calibration never reaches it" if observable(layer, folding, scheme) else "a transposed kernel"
             notes.append(f"scheme {scheme}: plain error instead of {measure.name!r}, {reason}")
-        second = None if found is None or not found.count else found.second
         scale = None
         for k in folding.all_slices():
             ranks = _paying(folding, places, scheme, k, by)
             if not len(ranks) or not slices(k):
                 continue
             if scale is None:
-                scale = Scale.of(spectrum(layer, folding, scheme, 1, second))
-            spectral = spectrum(layer, folding, scheme, k, None if second is None else slices_of(second, k))
+                scale = Scale.of(spectrum(layer, folding, scheme, 1, weighting))
+            spectral = spectrum(layer, folding, scheme, k, None if weighting is None else slices_of(weighting, k))
             ranks = ranks[ranks <= spectral.rank]
             if measure.ranks is not None and k > 1 and len(ranks) > measure.ranks:
                 ranks = np.unique(np.linspace(ranks[0], ranks[-1], measure.ranks).round().astype(np.int64))
@@ -179,20 +173,3 @@ def between(layer: Layer, scheme: int, entering: Sequence[int], leaving: Sequenc
     """Places of what the encoder gives, from the sizes in space of the layer's input and output."""
     by_decoder = Folding.of(layer).by_decoder(scheme)
     return math.prod(i if d else o for i, o, d in zip(entering, leaving, by_decoder, strict=True))
-
-
-def corrected_bias(layer: Layer, folding: Folding, scheme: int, missing: Tensor, moments: Moments) -> Tensor:
-    """The layer's bias plus what the missing part of the weight gives on the mean input.
-
-    Args:
-        layer: a layer with a bias.
-        folding: of it.
-        scheme: of the decomposition.
-        missing: the weight less the pair's, ``(groups * slices, rows, columns)``.
-        moments: of the inputs under that scheme.
-    """
-    assert layer.bias is not None, "a layer with a bias"
-    slices = len(missing) // folding.groups
-    mean = moments.mean.reshape(folding.groups * slices, -1, 1)
-    given = (missing @ mean).reshape(folding.groups, slices, folding.outputs, -1).sum((1, 3)).flatten()
-    return layer.bias.detach().to("cpu", torch.float64) + given

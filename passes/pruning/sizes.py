@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxcompress.analysis.channels import Labelled
 from fxcompress.matching import argument, name_of_call
-from fxcompress.modules import ScaledDotProductAttention
+from fxcompress.modules import GroupedLinear, ScaledDotProductAttention
 
 __all__ = ["Call", "Scaled", "Sizes", "first_input", "layer_attributes", "resized_call"]
 
@@ -122,8 +122,14 @@ def _linear(sizes: Sizes, node: fx.Node, m: Any) -> dict[str, Any]:
     return {"in_features": into, "out_features": out}
 
 
+def _grouped_linear(sizes: Sizes, node: fx.Node, m: Any) -> dict[str, Any]:
+    (out, width), into = sizes.new_shape(m.weight), sizes.input_sizes(node)[1][-1]
+    return {"in_features": into, "out_features": out, "groups": into // width}
+
+
 _LAYERS: Sequence[tuple[Any, Callable[[Sizes, fx.Node, Any], dict[str, Any]]]] = (
     (nn.Linear, _linear),
+    (GroupedLinear, _grouped_linear),
     (nn.modules.conv._ConvNd, _convolution),
     (nn.GroupNorm, _group_norm),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxcompress.modules import GroupedLinear
+
 __all__ = ["CASES", "Case", "Net", "conv", "image", "parameter", "sequence"]
 
 
@@ -815,6 +817,11 @@ FROZEN = {
         sequence(),
         ("6 of a: a.bias[i], out.weight[:, i]", "7 of t1: t1.bias[i], t2.weight[:, i]"),
         frozen=("5 of t2: combined by add (node 'add') with the model's input 'inputs_0'",),
+    ),
+    "a linear layer in groups": Case(
+        two_linears(lambda m, x: m.out(m.g(m.a(x))), g=GroupedLinear(6, 4, 2), out=nn.Linear(4, 3)),
+        sequence(),
+        ("3 of a: a.bias[i], g.weight[:, i]", "2 of g: out.weight[:, i]"),
     ),
     "the dtype of another tensor": Case(  # whose shape does not matter
         two_linears(lambda m, x: m.out(m.a(x).to(m.b(x)[0, 0, :2]).type_as(m.b(x))), b=nn.Linear(8, 4)),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxcompress.analysis.channels.maps import Labelled
-from fxcompress.modules import ScaledDotProductAttention
+from fxcompress.modules import GroupedLinear, ScaledDotProductAttention
 
 __all__ = ["as_function", "keeps_shape", "moves"]
 
@@ -52,6 +52,7 @@ def _group_norm(module: Any, parameter: Parameter) -> tuple[Any, ...]:
 
 _FUNCTIONS: dict[type[nn.Module], _Function] = {
     nn.Linear: _Function("linear", lambda m, p: _of(p, m.weight, m.bias)),
+    GroupedLinear: _Function("grouped_linear", lambda m, p: (p(m.weight), None, None, None, None, m.groups)),
     nn.Embedding: _Function("embedding", lambda m, p: _of(p, m.weight)),
     nn.LayerNorm: _Function("layer_norm", _layer_norm),
     nn.RMSNorm: _Function("rms_norm", _layer_norm),

@@ -159,6 +159,7 @@ def _embedding(call: Call) -> Any:
 
 RULES: Mapping[str, Rule] = {
     "linear": _linear,
+    "grouped_linear": _convolution,  # without a kernel
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "rmatmul"), _matmul),

@@ -21,11 +21,11 @@ from fxcompress.analysis.channels.probing import acts_elementwise
 from fxcompress.analysis.running import GraphRunner
 from fxcompress.editing import is_inplace
 from fxcompress.matching import override_of
-from fxcompress.modules import MultiHeadAttentionForward, Refill, ScaledDotProductAttention
+from fxcompress.modules import GroupedLinear, MultiHeadAttentionForward, Refill, ScaledDotProductAttention
 
 __all__ = ["NeedsValues", "SkeletonRunner"]
 
-_OWN_MODULES = (MultiHeadAttentionForward, Refill, ScaledDotProductAttention)
+_OWN_MODULES = (GroupedLinear, MultiHeadAttentionForward, Refill, ScaledDotProductAttention)
 _MOVES_TO_DEVICE = frozenset(("cpu", "cuda"))
 
 

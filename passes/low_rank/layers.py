@@ -1,0 +1,143 @@
+"""The layers of a graph that a pair could stand for, and putting one in place of a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress import editing, matching
+from fxcompress.analysis.shapes import TensorSpec
+from fxcompress.pass_base import PassContext, Refusal
+from fxcompress.passes.low_rank.folding import LAYERS, Choice, Folding, Layer
+from fxcompress.passes.low_rank.moments import Moments, slices_of
+from fxcompress.passes.low_rank.spectra import factors
+from fxcompress.passes.low_rank.tables import Places, between
+
+__all__ = ["Candidate", "Replacement", "Survey"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
+    """A layer, its path (of the first call), and every node that calls it."""
+
+    path: str
+    layer: Layer
+    calls: tuple[fx.Node, ...]
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """What each call reads."""
+        found = tuple(matching.tensor_input(call) for call in self.calls)
+        return tuple(source for source in found if source is not None)
+
+    def inputs(self, context: PassContext) -> list[TensorSpec]:
+        """Shape and dtype of the input of each call."""
+        return [context.shapes.spec(source) for source in self.sources]
+
+    def places(self, context: PassContext, schemes: tuple[int, ...]) -> Places:
+        """How often the weights are used in one run on the example."""
+        space = 0 if isinstance(self.layer, nn.Linear) else len(self.layer.kernel_size)
+        entering = leaving = 0
+        middle = dict.fromkeys(Folding.of(self.layer).distinct(schemes), 0)
+        for call, spec in zip(self.calls, self.inputs(context), strict=True):
+            given, made = spec.shape, context.shapes.shape(call)
+            others = math.prod(given[: len(given) - space - 1])
+            into, out = (given[-space:], made[-space:]) if space else ((), ())
+            entering += others * math.prod(into)
+            leaving += others * math.prod(out)
+            for scheme in middle:
+                middle[scheme] += others * between(self.layer, scheme, into, out)
+        return Places(entering, leaving, middle, bool(getattr(self.layer, "transposed", False)))
+
+
+class Survey:
+    """The layers of a graph, and what looks like one and is refused."""
+
+    def __init__(self, context: PassContext) -> None:
+        self.candidates: list[Candidate] = []
+        self.refusals: list[Refusal] = []
+        seen: set[int] = set()
+        for node in context.gm.graph.nodes:
+            if matching.is_call(node, _FUNCTIONS):
+                reason = "called as a function; tracing with example inputs makes it a module"
+                self.refusals.append(Refusal(node, reason))
+            module = context.module(node)
+            if not isinstance(module, LAYERS) or id(module) in seen:
+                continue
+            seen.add(id(module))
+            calls = context.aliasing.calls(module)
+            if obstacle := _obstacle(context, module, calls):
+                self.refusals.append(Refusal(node, obstacle))
+            else:
+                self.candidates.append(Candidate(str(node.target), module, calls))  # type: ignore[arg-type]
+
+
+_FUNCTIONS = ("linear", *(f"conv{t}{i}d" for t in ("", "_transpose") for i in (1, 2, 3)))
+
+
+def _obstacle(context: PassContext, layer: nn.Module, calls: tuple[fx.Node, ...]) -> str | None:
+    """Why ``layer`` cannot be replaced by a pair."""
+    if reason := matching.override_of(layer):
+        return reason
+    if type(layer) not in LAYERS:
+        return f"a {type(layer).__name__} is a subclass that may compute something else"
+    weight = layer.weight
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not weight.is_floating_point():
+        return f"has a weight of type {type(weight).__name__}, dtype {weight.dtype}, layout {weight.layout}"
+    for name, parameter in layer.named_parameters():
+        own = {f"{path}.{name}" for path in context.aliasing.paths(layer)}
+        elsewhere = [other for other in context.aliasing.names(parameter) if other not in own]
+        elsewhere += [f"node {n}" for n in context.aliasing.readers(parameter) if n not in calls]
+        if elsewhere:
+            return f"has a {name} that is tied or read elsewhere ({', '.join(elsewhere)})"
+    if any(len(call.args) + len(call.kwargs) != 1 or matching.tensor_input(call) is None for call in calls):
+        return "is called with other than one tensor"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replacement:
+    """What is to become of one layer.
+
+    Attributes:
+        candidate: the layer.
+        choice: the pair; ``None`` to leave it whole.
+        moments: of its inputs, by scheme, where they are known.
+        shrinkage: see :meth:`Moments.weighting`.
+    """
+
+    candidate: Candidate
+    choice: Choice | None
+    moments: Mapping[int, Moments]
+    shrinkage: float
+
+    def operate(self, gm: fx.GraphModule) -> None:
+        """Put the pair in place of the layer, at every call of it; its path then holds ``encoder`` and ``decoder``."""
+        if self.choice is None:
+            return
+        path, layer = self.candidate.path, self.candidate.layer
+        holder = nn.Module().train(layer.training)
+        holder.encoder, holder.decoder = self._pair(self.choice)
+        owner, _, leaf = path.rpartition(".")
+        setattr(gm.get_submodule(owner), leaf, holder)
+        for call in self.candidate.calls:
+            source = matching.tensor_input(call)  # which may be an earlier call of this very layer
+            with gm.graph.inserting_before(call):
+                inner = gm.graph.call_module(f"{path}.encoder", (source,))
+                outer = gm.graph.call_module(f"{path}.decoder", (inner,))
+            editing.replace(call, outer)
+
+    def _pair(self, c: Choice) -> tuple[nn.Module, nn.Module]:
+        layer, found = self.candidate.layer, self.moments.get(c.scheme)
+        folding = Folding.of(layer)
+        weighting = None if found is None else slices_of(found.weighting(layer, self.shrinkage), c.slices)
+        left, right = factors(layer, folding, c.scheme, c.slices, c.rank, weighting)
+        bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
+        if found is not None and bias is not None:
+            missing = folding.matrices(layer, c.scheme, c.slices) - left @ right
+            bias = bias.to("cpu", torch.float64) + found.of_mean(folding, missing)
+        return folding.pair(layer, c.scheme, left, right, bias)

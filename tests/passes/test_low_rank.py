@@ -1,0 +1,458 @@
+"""Pairs of layers, error measures, allocation, and the ALDS passes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import fxcompress
+from fxcompress.errors import PreconditionError, UsageError
+from fxcompress.modules import GroupedLinear
+from fxcompress.passes.low_rank import ERRORS, Alds, AldsPlus
+from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
+from fxcompress.passes.low_rank.errors import Scale
+from fxcompress.passes.low_rank.folding import SCHEMES, Folding, Layer
+from fxcompress.passes.low_rank.moments import MomentsObserver, slices_of
+from fxcompress.passes.low_rank.spectra import factors, spectrum
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@st.composite
+def layers(draw: st.DrawFn, transposed: bool | None = None) -> tuple[Layer, Tensor]:
+    """A float64 layer of any kind with random weights, and an input."""
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    space = draw(st.integers(0 if transposed is None else 1, 3))
+    bias = draw(st.booleans())
+    if not space:
+        inputs, outputs = draw(st.sampled_from([2, 4, 6])), draw(st.integers(1, 7))
+        return nn.Linear(inputs, outputs, bias=bias).double(), torch.randn(2, 3, inputs).double()
+    groups = draw(st.sampled_from([1, 1, 2]))
+    inputs, outputs = groups * draw(st.sampled_from([1, 2, 4, 6])), groups * draw(st.integers(1, 5))
+    each = {
+        "kernel_size": draw(st.tuples(*[st.integers(1, 3)] * space)),
+        "stride": draw(st.tuples(*[st.integers(1, 2)] * space)),
+        "dilation": draw(st.tuples(*[st.integers(1, 2)] * space)),
+    }
+    options: dict[str, Any] = {**each, "groups": groups, "bias": bias}
+    if draw(st.booleans()) if transposed is None else transposed:
+        most = [max(s, d) - 1 for s, d in zip(each["stride"], each["dilation"], strict=True)]
+        options["output_padding"] = draw(st.tuples(*[st.integers(0, m) for m in most]))
+        options["padding"] = draw(st.tuples(*[st.integers(0, k - 1) for k in each["kernel_size"]]))
+        layer: Layer = TRANSPOSED[space - 1](inputs, outputs, **options)
+    else:
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+        options["padding"] = draw(
+            st.one_of(st.tuples(*[st.integers(0, 2)] * space), st.sampled_from(["same", "valid"]))
+        )
+        if options["padding"] == "same":
+            options["stride"] = (1,) * space
+        layer = CONVOLUTIONS[space - 1](inputs, outputs, **options)
+    return layer.double(), torch.randn(2, inputs, *[6] * space).double()
+
+
+def relative(expected: Tensor, found: Tensor) -> float:
+    assert expected.shape == found.shape
+    return float((expected - found).detach().abs().max() / expected.detach().abs().max().clamp_min(1e-30))
+
+
+# --- pairs ---
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@given(layer_and_input=layers())
+def test_at_full_rank_a_pair_is_the_layer(layer_and_input: tuple[Layer, Tensor]) -> None:
+    layer, x = layer_and_input
+    folding = Folding.of(layer)
+    for scheme in SCHEMES:
+        for slices in folding.all_slices():
+            rank = min(folding.shape(scheme, slices))
+            left, right = factors(layer, folding, scheme, slices, rank)
+            encoder, decoder = folding.pair(layer, scheme, left, right, layer.bias)
+            assert relative(layer(x), decoder(encoder(x))) <= 1e-10
+            per_rank = folding.weights_per_rank(scheme, slices)
+            assert [encoder.weight.numel(), decoder.weight.numel()] == [rank * n for n in per_rank]
+
+
+@given(layer_and_input=layers(), data=st.data())
+def test_what_a_rank_leaves_out_is_the_tail_of_the_spectrum(
+    layer_and_input: tuple[Layer, Tensor], data: st.DataObject
+) -> None:
+    layer, _ = layer_and_input
+    folding = Folding.of(layer)
+    scheme, slices = data.draw(st.sampled_from(SCHEMES)), data.draw(st.sampled_from(folding.all_slices()))
+    found = spectrum(layer, folding, scheme, slices)
+    rank = data.draw(st.integers(1, found.rank))
+    left, right = factors(layer, folding, scheme, slices, rank)
+    matrices = folding.matrices(layer, scheme, slices)
+    missing = matrices - left @ right
+    size = float(matrices.square().sum())
+    assert float(missing.square().sum()) == pytest.approx(float(found.squares[:, rank:].sum()), abs=1e-12 * size)
+    exact = torch.linalg.svdvals(matrices)
+    assert torch.allclose(found.squares, exact.square(), atol=1e-12 * size)
+
+
+def test_schemes_by_hand() -> None:
+    layer = nn.Conv2d(6, 4, (3, 5), bias=False).double()
+    folding = Folding.of(layer)
+    w = layer.weight.detach()
+    assert torch.equal(folding.matrices(layer, 0, 1)[0], w.reshape(4, -1))
+    assert torch.equal(folding.matrices(layer, 1, 1)[0], w.permute(0, 2, 1, 3).reshape(12, 30))
+    assert torch.equal(folding.matrices(layer, 2, 1)[0], w.permute(0, 3, 1, 2).reshape(20, 18))
+    assert torch.equal(folding.matrices(layer, 3, 1)[0], w.permute(0, 2, 3, 1).reshape(60, 6))
+    assert torch.equal(folding.matrices(layer, 0, 3)[1], w[:, 2:4].reshape(4, -1))
+    sizes = [folding.weights_per_rank(s, 2) for s in SCHEMES]
+    assert sizes == [(6 * 15, 2 * 4), (6 * 5, 2 * 12), (6 * 3, 2 * 20), (6, 2 * 60)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Linear(4, 4), (0,)),
+        (nn.Conv2d(4, 4, 1), (0,)),
+        (nn.Conv1d(4, 4, 3), (0, 3)),
+        (nn.Conv2d(4, 4, (3, 1)), (0, 3)),
+        (nn.Conv2d(4, 4, 3), (0, 1, 2, 3)),
+    ],
+)
+def test_schemes_that_are_the_same_are_tried_once(layer: Layer, expected: tuple[int, ...]) -> None:
+    assert Folding.of(layer).distinct(SCHEMES) == expected
+
+
+@given(
+    groups=st.integers(1, 4),
+    inputs=st.integers(1, 3),
+    outputs=st.integers(1, 3),
+    lead=st.lists(st.integers(1, 3), max_size=3),
+)
+def test_a_grouped_linear_layer_is_a_grouped_convolution(
+    groups: int, inputs: int, outputs: int, lead: list[int]
+) -> None:
+    layer = GroupedLinear(groups * inputs, groups * outputs, groups).double()
+    x = torch.randn(*lead, groups * inputs).double()
+    rows = x.reshape(-1, groups * inputs, 1)
+    expected = torch.nn.functional.conv1d(rows, layer.weight[:, :, None], groups=groups)
+    assert layer(x).shape == (*lead, groups * outputs)
+    assert torch.allclose(layer(x).reshape(rows.shape[0], -1, 1), expected)
+
+
+def test_both_factors_have_the_same_norms() -> None:
+    layer = nn.Linear(6, 8).double()
+    left, right = factors(layer, Folding.of(layer), 0, 2, 2)
+    assert torch.allclose(left.norm(dim=1), right.norm(dim=2))
+
+
+# --- errors ---
+
+
+@given(layer_and_input=layers(), data=st.data())
+def test_measures_by_definition(layer_and_input: tuple[Layer, Tensor], data: st.DataObject) -> None:
+    layer, _ = layer_and_input
+    folding = Folding.of(layer)
+    scheme, slices = data.draw(st.sampled_from(SCHEMES)), data.draw(st.sampled_from(folding.all_slices()))
+    found, scale = spectrum(layer, folding, scheme, slices), Scale.of(spectrum(layer, folding, scheme, 1))
+    ranks = np.arange(1, found.rank + 1)
+    curves = {name: m().curve(layer, folding, found, ranks, scale) for name, m in ERRORS.items()}
+    whole = folding.matrices(layer, scheme, 1)
+    largest = float(torch.linalg.matrix_norm(whole, 2).max())
+    for i, rank in enumerate(ranks.tolist()):
+        left, right = factors(layer, folding, scheme, slices, rank)
+        missing = folding.matrices(layer, scheme, slices) - left @ right
+        sliced = missing.reshape(folding.groups, slices, *missing.shape[1:]).transpose(1, 2).flatten(2)
+        close = {"abs": 2e-7}
+        assert curves["residual"][i] == pytest.approx(
+            float(torch.linalg.matrix_norm(sliced, 2).max()) / largest, **close
+        )
+        assert curves["operator"][i] == pytest.approx(
+            float(torch.linalg.matrix_norm(missing, 2).max()) / largest, **close
+        )
+        assert curves["bound"][i] == pytest.approx(math.sqrt(slices) * curves["operator"][i], **close)
+        assert curves["frobenius"][i] == pytest.approx(float(missing.norm() / whole.norm()), **close)
+        assert curves["operator"][i] <= curves["residual"][i] + 1e-7 <= curves["bound"][i] + 2e-7
+    for curve in curves.values():
+        assert (np.diff(curve) <= 1e-12).all()
+
+
+@given(layer_and_input=layers(transposed=False), data=st.data())
+@settings(deadline=None)
+def test_activation_error_is_that_of_the_output(layer_and_input: tuple[Layer, Tensor], data: st.DataObject) -> None:
+    """With one slice, a kernel on the encoder and every place looked at, it is the error of the output on the data."""
+    layer, x = layer_and_input
+    if layer.bias is not None:
+        layer.bias.data.zero_()
+    folding = Folding.of(layer)
+    observer = MomentsObserver(layer, 0)
+    observer._generator = torch.Generator()
+    if math.prod(layer(x).shape[2:]) > 64:  # then only some places are looked at
+        x = x[..., :1] if layer.weight.dim() == 3 else x[:, :, :3, :3]
+    try:
+        y = layer(x)
+    except RuntimeError:  # smaller than the kernel
+        return
+    if math.prod(y.shape[2:]) > 64:
+        return
+    observer.update(x)
+    second = observer.result().second
+    found = spectrum(layer, folding, 0, 1, second)
+    rank = data.draw(st.integers(1, found.rank))
+    left, right = factors(layer, folding, 0, 1, rank, second)
+    encoder, decoder = folding.pair(layer, 0, left, right, None)
+    z = decoder(encoder(x))
+    size = float(y.detach().square().sum())
+    count = y.numel() / y.shape[1]
+    assert float((y - z).detach().square().sum()) == pytest.approx(
+        count * float(found.squares[:, rank:].sum()), abs=1e-9 * size, rel=1e-6
+    )
+
+
+def test_blocks_along_the_diagonal() -> None:
+    second = torch.arange(32.0).reshape(2, 4, 4)
+    blocks = slices_of(second, 2)
+    assert torch.equal(
+        blocks, torch.stack([second[0, :2, :2], second[0, 2:, 2:], second[1, :2, :2], second[1, 2:, 2:]])
+    )
+
+
+# --- allocation ---
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[Options], int]:
+    """A few layers with a few options each, and a budget that some choice meets."""
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        full = draw(st.integers(2, 40))
+        count = draw(st.integers(0, 5))
+        sizes = draw(st.lists(st.integers(1, full), min_size=count, max_size=count))
+        errors = draw(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 1.0]), min_size=count, max_size=count))
+        found.append(Options(np.array([full, *sizes]), np.array([0.0, *errors])))
+    least, most = (sum(int(f(o.size)) for o in found) for f in (np.min, lambda s: s[0]))
+    return found, draw(st.integers(least, max(least, most)))
+
+
+def by_brute_force(layers: list[Options], budget: int) -> tuple[float, float]:
+    """The smallest largest error and the smallest sum of squares of any choice within the budget."""
+    largest = total = math.inf
+    for choice in itertools.product(*(range(len(o.size)) for o in layers)):
+        if sum(int(o.size[i]) for o, i in zip(layers, choice, strict=True)) <= budget:
+            errors = [float(o.error[i]) for o, i in zip(layers, choice, strict=True)]
+            largest, total = min(largest, max(errors)), min(total, sum(e * e for e in errors))
+    return largest, total
+
+
+@given(problem=problems())
+@settings(max_examples=300)
+def test_no_choice_is_better(problem: tuple[list[Options], int]) -> None:
+    layers, budget = problem
+    largest, total = by_brute_force(layers, budget)
+    maximum, least = least_maximum(layers, budget), least_sum(layers, budget)
+    assert maximum.value == pytest.approx(largest, abs=1e-12)
+    assert least.value == pytest.approx(total, abs=1e-12)
+    assert least.bound <= total + 1e-12
+    for found in (maximum, least, constant_ratio(layers, budget)):
+        assert sum(int(o.size[i]) for o, i in zip(layers, found.choice, strict=True)) <= budget
+
+
+@given(problem=problems())
+def test_a_budget_below_everything_says_what_there_is(problem: tuple[list[Options], int]) -> None:
+    layers, _ = problem
+    least = sum(int(o.size.min()) for o in layers)
+    for solver in (least_maximum, least_sum, constant_ratio):
+        with pytest.raises(Unreachable) as caught:
+            solver(layers, least - 1)
+        assert caught.value.least == least
+
+
+def test_constant_ratio_by_hand() -> None:
+    a = Options(np.array([100, 60, 40]), np.array([0.0, 0.1, 0.2]))
+    b = Options(np.array([10, 5, 4]), np.array([0.0, 0.3, 0.4]))
+    assert constant_ratio([a, b], 110).choice == (0, 0)
+    assert constant_ratio([a, b], 70).choice == (1, 1)
+    assert constant_ratio([a, b], 64).choice == (2, 1)  # 60 of 100 and 5 of 10 are 65
+
+
+# --- the pass ---
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10),
+    ).eval()  # fmt: skip
+
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def compress(pass_: Any, model: nn.Module | None = None, **options: Any) -> tuple[fx.GraphModule, Any]:
+    found = fxcompress.compile(network() if model is None else model, [pass_], IMAGES, **options)
+    return found, fxcompress.report(found).passes[-1]
+
+
+@pytest.mark.parametrize("measure", ["params", "macs"])
+@pytest.mark.parametrize("solver", ["sum", "minimax", "constant"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
+def test_the_budget_is_met_from_below(ratio: float, solver: Any, measure: Any) -> None:
+    _, record = compress(AldsPlus(ratio, solver=solver, measure=measure))
+    before, after = (
+        (record.parameters_before, record.parameters_after)
+        if measure == "params"
+        else (record.macs_before, record.macs_after)
+    )
+    assert after <= (1 - ratio) * before
+    if solver != "constant":
+        assert after >= (1 - ratio - 0.005) * before
+
+
+def test_the_record_says_what_became_of_each_layer() -> None:
+    found, record = compress(Alds(0.4))
+    details = {d["module"]: d for d in record.details}
+    assert list(details) == ["0", "3", "5", "9", "11"]
+    saved = sum(d["parameters_before"] - d["parameters_after"] for d in details.values())
+    assert record.parameters_before - record.parameters_after == saved
+    for path, d in details.items():
+        module = found.get_submodule(path)
+        if d["rank"] is None:
+            assert d["error"] == 0
+            assert d["left_whole"]
+            assert d["parameters_after"] == d["parameters_before"] == module.weight.numel()
+        else:
+            assert 0 < d["error"] < 1
+            assert module.encoder.weight.numel() + module.decoder.weight.numel() == d["parameters_after"]
+    assert any(d["rank"] is None for d in details.values())
+    assert any(d["rank"] is not None for d in details.values())
+
+
+def test_what_is_excluded_stays() -> None:
+    _, record = compress(Alds(0.3, exclude=("5", "1*")))
+    assert [d["module"] for d in record.details] == ["0", "3", "9"]
+    _, record = compress(Alds(0.1, only=("3",)))
+    assert [d["module"] for d in record.details] == ["3"]
+
+
+@pytest.mark.parametrize("error", sorted(ERRORS))
+def test_every_measure_and_the_fixed_number_of_slices(error: str) -> None:
+    for options in ({}, {"slices": 2}, {"max_slices": 2}):
+        _, record = compress(AldsPlus(0.4, error=error, **options), calibration=[IMAGES])
+        slices = {d["slices"] for d in record.details if d["rank"] is not None}
+        assert slices <= ({2} if "slices" in options else {1, 2} if options else set(range(1, 65)))
+
+
+def test_calibration_that_never_reaches_a_layer_is_said() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.a(x).sum(0) + self.b(y).sum(0)
+
+    x = torch.randn(3, 16)
+    found = fxcompress.compile(Net(), [Alds(0.3, error="activation")], (x, x), calibration=[(x, x[:0])])
+    details = {d["module"]: d for d in fxcompress.report(found).passes[-1].details}
+    assert "calibration never reaches it" in details["b"]["notes"][0]
+    assert "notes" not in details["a"]
+
+
+def test_it_composes_with_folding_and_pruning() -> None:
+    passes = ["fold-batch-norm", AldsPlus(0.3), "prune-channels:ratio=0.3"]
+    found = fxcompress.compile(network(), passes, IMAGES)
+    report = fxcompress.report(found)
+    assert [p.verified for p in report.passes] == [True] * 3
+    assert report.total.cr_p > 40
+    assert found(IMAGES[:1]).shape == (1, 10)
+
+
+def test_a_shared_layer_is_replaced_everywhere_and_counted_once() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Linear(32, 32), nn.Linear(32, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.a(self.a(x)))
+
+    x = torch.randn(3, 32)
+    found = fxcompress.compile(Net(), [Alds(0.5)], x)
+    record = fxcompress.report(found).passes[-1]
+    assert record.parameters_after <= 0.5 * record.parameters_before
+    calls = [str(n.target) for n in found.graph.nodes if n.op == "call_module"]
+    assert calls == ["a.encoder", "a.decoder"] * 2 + ["out"]
+
+
+class Leaves(fx.Tracer):
+    """Keeps every linear layer as one call, whatever class it is of."""
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return isinstance(m, nn.Linear) or super().is_leaf_module(m, qualified_name)
+
+
+class Odd(nn.Linear):
+    """A subclass, which might do anything."""
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: nn.Sequential(Odd(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)), "subclass"),
+        (tied, "tied or read elsewhere"),
+        (
+            lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)), nn.Linear(16, 16)),
+            "parametrizations",
+        ),
+    ],
+)
+def test_refusals(model: Any, reason: str) -> None:
+    made = model()
+    graph = fx.GraphModule(made, Leaves().trace(made))
+    found = fxcompress.compile(graph, [Alds(0.1)], torch.randn(2, 16))
+    assert any(reason in r.reason for r in fxcompress.report(found).passes[-1].refusals)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.0}, "above 0 and below 1"),
+        ({"ratio": 1.0}, "above 0 and below 1"),
+        ({"error": "operater"}, "did you mean 'operator'"),
+        ({"solver": "best"}, "solver must be one of"),
+        ({"measure": "bytes"}, "measure must be one of"),
+        ({"schemes": (4,)}, "schemes are some of"),
+        ({"schemes": ()}, "schemes are some of"),
+        ({"slices": 0}, "slices must be at least 1"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Alds(**options)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(UsageError, match="near it: 9"):
+        compress(Alds(0.3, exclude=("9x",)))
+    with pytest.raises(PreconditionError, match=r"cannot be removed.*are gone"):
+        compress(Alds(0.99))
+    with pytest.raises(PreconditionError, match="pass `calibration`"):
+        compress(Alds(0.3, error="activation"))
+    broken = network()
+    broken[3].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(PreconditionError, match="'3' is not finite"):
+        compress(Alds(0.3), broken, verify=False)
