@@ -18,6 +18,7 @@ import numpy as np
 
 from fxcompress.analysis.cost import cost
 from fxcompress.analysis.latency import latency
+from fxcompress.calibration import checked
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.matching import matches_path
 from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
@@ -26,6 +27,7 @@ from fxcompress.passes.low_rank.errors import ERRORS, Activation, ErrorMeasure
 from fxcompress.passes.low_rank.folding import SCHEMES, Folding
 from fxcompress.passes.low_rank.layers import Candidate, Replacement, Survey
 from fxcompress.passes.low_rank.moments import Moments, MomentsObserver, observable
+from fxcompress.passes.low_rank.sensitivity import MIDDLING, sensitivities
 from fxcompress.passes.low_rank.tables import Table, table_of
 from fxcompress.passes.low_rank.timing import seconds_of, worth_timing
 
@@ -55,6 +57,8 @@ class Alds(Pass):
         schemes: how kernels may be folded, some of 0, 1, 2, 3.
         slices: if given, the only number of slices that is tried.
         max_slices: if given, no more slices than that.
+        sensitivity: weigh the errors of each layer by how much the output changes with them, found with one run a layer
+            on the first batch of the calibration data (the example inputs, if there are none).
         exclude: glob patterns of paths of layers, or of modules that contain them, that stay as they are.
         only: glob patterns of paths of layers; others stay as they are.
 
@@ -74,6 +78,7 @@ class Alds(Pass):
     schemes: tuple[int, ...] = (0,)
     slices: int | None = None
     max_slices: int | None = None
+    sensitivity: bool = False
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -98,7 +103,7 @@ class Alds(Pass):
     # ------------------------------------------------------------------------------------------------- the contract
     def reads_calibration(self) -> bool:
         """See :meth:`Pass.reads_calibration`."""
-        return self._measure_of_error().needs_data
+        return self.sensitivity or self._measure_of_error().needs_data
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`: some errors need calibration data."""
@@ -127,10 +132,13 @@ class Alds(Pass):
         wanted = [c for c in survey.candidates if self._is_wanted(c)]
         moments = [self._moments(context, c) for c in wanted]
         tables = [self._table(context, c, of) for c, of in zip(wanted, moments, strict=True)]
-        for i, option in enumerate(self._chosen(context, wanted, tables)):
-            choice = tables[i].choice(option)
-            replacement = Replacement(wanted[i], choice, moments[i], self._shrinkage)
-            yield Site(wanted[i].calls[0], (context.gm, replacement), _detail(wanted[i].path, tables[i], option))
+        weights = self._weights(context, wanted, tables, moments) if self.sensitivity else np.ones(len(wanted))
+        for i, option in enumerate(self._chosen(context, wanted, tables, weights)):
+            replacement = Replacement(wanted[i], tables[i].choice(option), moments[i], self._shrinkage)
+            detail = _detail(wanted[i].path, tables[i], option)
+            if self.sensitivity:
+                detail["sensitivity"] = float(weights[i])
+            yield Site(wanted[i].calls[0], (context.gm, replacement), detail)
         yield from survey.refusals
 
     def rewrite(self, site: Site) -> None:
@@ -190,11 +198,31 @@ class Alds(Pass):
             return False
         return self.max_slices is None or slices <= self.max_slices
 
-    def _chosen(self, context: PassContext, wanted: Sequence[Candidate], tables: Sequence[Table]) -> list[int]:
+    def _weights(
+        self,
+        context: PassContext,
+        wanted: Sequence[Candidate],
+        tables: Sequence[Table],
+        moments: Sequence[Mapping[int, Moments]],
+    ) -> np.ndarray:
+        """How much the output changes with the error of each layer."""
+        trials: list[tuple[Replacement, float] | None] = []
+        for candidate, table, found in zip(wanted, tables, moments, strict=True):
+            option = table.nearest(MIDDLING)
+            replacement = Replacement(candidate, table.choice(option), found, self._shrinkage)
+            trials.append((replacement, float(table.error[option])) if option and table.error[option] else None)
+        example = context.example if context.batches is None else next(iter(checked(context.gm, context.batches)))
+        assert example is not None, "declared in needs"
+        return sensitivities(context.gm, example, trials)
+
+    def _chosen(
+        self, context: PassContext, wanted: Sequence[Candidate], tables: Sequence[Table], weights: np.ndarray
+    ) -> list[int]:
         """The option of each layer."""
         whole, sizes, kept = self._sizes(context, wanted, tables)
         others = whole - sum(float(s[0]) for s in sizes)
-        layers = [Options(s, t.error[k]) for s, t, k in zip(sizes, tables, kept, strict=True)]
+        errors = [t.error[k] * w**0.5 for t, k, w in zip(tables, kept, weights, strict=True)]
+        layers = [Options(s, e) for s, e in zip(sizes, errors, strict=True)]
         try:
             found = _SOLVERS[self.solver](layers, (1 - self.ratio) * whole - others)
         except Unreachable as error:

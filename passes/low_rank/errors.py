@@ -20,7 +20,7 @@ largest singular value of W, and k the number of slices, at rank j:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -66,16 +66,16 @@ class Scale:
         return cls(max(float(whole.squares.max()), tiny), max(float(whole.squares.sum()), tiny))
 
 
-def _next(found: Spectrum, ranks: np.ndarray) -> Any:
+def _next(found: Spectrum, ranks: np.ndarray) -> np.ndarray:
     """The largest squared singular value that rank j leaves out, over all slices."""
     largest = found.squares.amax(0)
-    return np.append(largest.numpy(), 0.0)[ranks]
+    return np.asarray(np.append(largest.numpy(), 0.0)[ranks])
 
 
-def _tail(found: Spectrum, ranks: np.ndarray) -> Any:
+def _tail(found: Spectrum, ranks: np.ndarray) -> np.ndarray:
     """The sum of the squared singular values that rank j leaves out."""
     sums = found.squares.sum(0).flip(0).cumsum(0).flip(0)
-    return np.append(sums.numpy(), 0.0)[ranks]
+    return np.asarray(np.append(sums.numpy(), 0.0)[ranks])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ class LogEnergy(Activation):
         """See :meth:`ErrorMeasure.curve`."""
         lost = super().curve(layer, folding, found, ranks, scale) ** 2
         kept: np.ndarray = 1 - np.minimum(lost, 1 - np.finfo(np.float64).eps)
-        return np.sqrt(-np.log(kept))
+        return np.asarray(np.sqrt(-np.log(kept)))
 
 
 ERRORS: dict[str, type[ErrorMeasure]] = {

@@ -133,6 +133,19 @@ class Folding:
         weight = weight.permute(0, 2, 1, *rows, 3, *columns)
         return weight.reshape(self.groups * slices, *self.shape(scheme, slices))
 
+    def weight_of(self, layer: Layer, scheme: int, matrices: Tensor) -> Tensor:
+        """The weight, in the layout of ``layer``, whose slices are ``matrices``: the inverse of :meth:`matrices`."""
+        slices = len(matrices) // self.groups
+        rows, columns = (self._kernel_order(scheme, first=0)[i] for i in (0, 1))
+        sizes = [self.kernel[d] for d in (*rows, *columns)]
+        shape = (self.groups, slices, self.outputs, *sizes[: len(rows)], self.inputs // slices, *sizes[len(rows) :])
+        inner = [3 + rows.index(d) if d in rows else 4 + len(rows) + columns.index(d) for d in range(len(self.kernel))]
+        weight = matrices.reshape(shape).permute(0, 2, 1, 3 + len(rows), *inner)
+        weight = weight.reshape(self.groups, self.outputs, self.inputs, *self.kernel)
+        if isinstance(layer, _TRANSPOSED):
+            weight = weight.transpose(1, 2)
+        return weight.reshape(layer.weight.shape)
+
     def _kernel_order(self, scheme: int, first: int) -> tuple[list[int], list[int]]:
         """The kernel's dimensions, counted from ``first``: those of the rows, those of the columns."""
         by = self.by_decoder(scheme)

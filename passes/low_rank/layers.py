@@ -121,7 +121,9 @@ class Replacement:
             return
         path, layer = self.candidate.path, self.candidate.layer
         holder = nn.Module().train(layer.training)
-        holder.encoder, holder.decoder = self._pair(self.choice)
+        left, right, bias = self._factors(self.choice)
+        folding = Folding.of(layer)
+        holder.encoder, holder.decoder = folding.pair(layer, self.choice.scheme, left, right, bias)
         owner, _, leaf = path.rpartition(".")
         setattr(gm.get_submodule(owner), leaf, holder)
         for call in self.candidate.calls:
@@ -131,7 +133,14 @@ class Replacement:
                 outer = gm.graph.call_module(f"{path}.decoder", (inner,))
             editing.replace(call, outer)
 
-    def _pair(self, c: Choice) -> tuple[nn.Module, nn.Module]:
+    def stand_in(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias with which the layer would give what the pair gives."""
+        assert self.choice is not None, "a pair to stand for"
+        left, right, bias = self._factors(self.choice)
+        layer = self.candidate.layer
+        return Folding.of(layer).weight_of(layer, self.choice.scheme, left @ right), bias
+
+    def _factors(self, c: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
         layer, found = self.candidate.layer, self.moments.get(c.scheme)
         folding = Folding.of(layer)
         weighting = None if found is None else slices_of(found.weighting(layer, self.shrinkage), c.slices)
@@ -140,4 +149,4 @@ class Replacement:
         if found is not None and bias is not None:
             missing = folding.matrices(layer, c.scheme, c.slices) - left @ right
             bias = bias.to("cpu", torch.float64) + found.of_mean(folding, missing)
-        return folding.pair(layer, c.scheme, left, right, bias)
+        return left, right, bias

@@ -71,6 +71,13 @@ class Table:
     error: np.ndarray
     notes: tuple[str, ...] = ()
 
+    def nearest(self, error: float) -> int:
+        """The option in fewest slices whose error is nearest to ``error``; 0 if there is none."""
+        if len(self.rank) == 1:
+            return 0
+        fewest = np.flatnonzero(self.slices == self.slices[1:].min())
+        return int(fewest[np.argmin(np.abs(self.error[fewest] - error))])
+
     def choice(self, option: int) -> Choice | None:
         """What an option is; ``None`` for the layer as it is."""
         if option == 0:

@@ -456,3 +456,31 @@ def test_bad_input() -> None:
     broken[3].weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(PreconditionError, match="'3' is not finite"):
         compress(Alds(0.3), broken, verify=False)
+
+
+@given(layer_and_input=layers(), data=st.data())
+def test_matrices_give_the_weight_back(layer_and_input: tuple[Layer, Tensor], data: st.DataObject) -> None:
+    layer, _ = layer_and_input
+    folding = Folding.of(layer)
+    scheme, slices = data.draw(st.sampled_from(SCHEMES)), data.draw(st.sampled_from(folding.all_slices()))
+    assert torch.equal(folding.weight_of(layer, scheme, folding.matrices(layer, scheme, slices)), layer.weight)
+
+
+def test_sensitivity_finds_the_layer_that_matters() -> None:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + 0.1 * self.b(x)
+
+    x = torch.randn(64, 32)
+    found = fxcompress.compile(Net(), [Alds(0.3, sensitivity=True)], x)
+    details = {d["module"]: d for d in fxcompress.report(found).passes[-1].details}
+    assert details["a"]["sensitivity"] == pytest.approx(1.0, rel=0.2)
+    assert details["b"]["sensitivity"] == pytest.approx(0.01, rel=0.2)
+    assert details["a"]["rank"] is None
+    assert details["b"]["rank"] is not None
