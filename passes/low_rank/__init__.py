@@ -3,5 +3,6 @@
 from fxcompress.passes.low_rank.alds import Alds, AldsPlus
 from fxcompress.passes.low_rank.baselines import LearnedRank, Pca, Svd, SvdEnergy
 from fxcompress.passes.low_rank.errors import ERRORS, ErrorMeasure
+from fxcompress.passes.low_rank.plot import plot_ranks
 
-__all__ = ["ERRORS", "Alds", "AldsPlus", "ErrorMeasure", "LearnedRank", "Pca", "Svd", "SvdEnergy"]
+__all__ = ["ERRORS", "Alds", "AldsPlus", "ErrorMeasure", "LearnedRank", "Pca", "Svd", "SvdEnergy", "plot_ranks"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+from fxcompress.pass_base import Need
 from fxcompress.passes.low_rank.alds import Alds
 from fxcompress.passes.low_rank.errors import ErrorMeasure, Frobenius, LogEnergy
 
@@ -43,6 +44,7 @@ class Pca(Alds):
     """
 
     name: ClassVar[str] = "pca"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS, Need.CALIBRATION})
     error: str | ErrorMeasure = _LOG_ENERGY
     slices: int | None = 1
 

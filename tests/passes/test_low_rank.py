@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import unittest.mock
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxcompress
+from fxcompress.analysis.latency import Latency
+from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.modules import GroupedLinear
-from fxcompress.passes.low_rank import ERRORS, Alds, AldsPlus
+from fxcompress.passes.low_rank import ERRORS, Alds, AldsPlus, alds, plot_ranks
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import Scale
-from fxcompress.passes.low_rank.folding import SCHEMES, Folding, Layer
+from fxcompress.passes.low_rank.folding import SCHEMES, Choice, Folding, Layer
 from fxcompress.passes.low_rank.moments import MomentsObserver, slices_of
 from fxcompress.passes.low_rank.spectra import factors, spectrum
+from fxcompress.passes.low_rank.timing import seconds_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -484,3 +489,40 @@ def test_sensitivity_finds_the_layer_that_matters() -> None:
     assert details["b"]["sensitivity"] == pytest.approx(0.01, rel=0.2)
     assert details["a"]["rank"] is None
     assert details["b"]["rank"] is not None
+
+
+def test_the_ranks_can_be_drawn(tmp_path: Path) -> None:
+    found, _ = compress(AldsPlus(0.5))
+    plot_ranks(fxcompress.report(found), tmp_path / "ranks.svg")
+    text = (tmp_path / "ranks.svg").read_text()
+    assert text.startswith("<?xml")
+    with pytest.raises(UsageError, match="no low-rank pass"):
+        plot_ranks(fxcompress.report(fxcompress.compile(network(), [], IMAGES)), tmp_path / "none.svg")
+
+
+def test_a_latency_budget_keeps_what_is_not_faster() -> None:
+    """With times that are made up: pairs of the layer '3' take longer than it, whatever their rank."""
+
+    def made_up(layer: Any, choices: Any, specs: Any) -> np.ndarray:
+        slow = isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)
+        times = [1.0 if c is None else 2.0 if slow else 0.1 + c.rank / 100 for c in choices]
+        return np.array(times)
+
+    with (
+        unittest.mock.patch.object(alds, "seconds_of", made_up),
+        unittest.mock.patch.object(alds, "latency", return_value=Latency(6.0, 0.0, 6.0, 1)),
+    ):
+        _, record = compress(Alds(0.3, measure="latency"))
+    details = {d["module"]: d for d in record.details}
+    assert details["3"]["rank"] is None
+    assert any(d["rank"] is not None for d in details.values())
+
+
+def test_timings_are_real_and_kept() -> None:
+    layer = nn.Linear(64, 64)
+    choices = [None, Choice(0, 1, 4), Choice(0, 2, 4)]
+    specs = [TensorSpec((2, 64), torch.float32, torch.device("cpu"))]
+    first = seconds_of(layer, choices, specs)
+    assert first.shape == (3,)
+    assert (first > 0).all()
+    assert (seconds_of(nn.Linear(64, 64), choices, specs) == first).all()
