@@ -42,7 +42,9 @@ def variants(ratio: float) -> dict[str, Alds]:
     found |= {
         "ALDS+ as published": AldsPlus(ratio, error="operator", solver="minimax"),
         "frobenius, sum, four schemes": AldsPlus(ratio),
+        "noise, sum": Alds(ratio, error="noise"),
         "frobenius, sum, sensitivity": Alds(ratio, sensitivity=True),
+        "noise, sum, sensitivity": Alds(ratio, error="noise", sensitivity=True),
         "activation, sum, sensitivity": Alds(ratio, error="activation", sensitivity=True),
         "ablation: operator, minimax, k = 1": Alds(ratio, error="operator", solver="minimax", slices=1),
         "ablation: operator, minimax, k = 2": Alds(ratio, error="operator", solver="minimax", slices=2),

@@ -10,6 +10,7 @@ largest singular value of W, and k the number of slices, at rank j:
                 upper bound of ``residual``.
 ``residual``    ``||W - W'|| / sigma_1``, the spectral norm of what is missing, itself.
 ``frobenius``   ``sqrt(sum_i sum_l>j sigma_i,l^2) / ||W||_F``: the relative error of the output on white input.
+``noise``       ``e / sqrt(1 - e^2)`` with e the ``frobenius`` error: what is missing relative to what is left.
 ``activation``  ``sqrt(sum_i sum_l>j s_i,l^2 / sum s^2)`` with s the singular values of ``W_i C_i^(1/2)``, C the
                 moment of the layer's input on the calibration data: the relative error of the output there, as far as
                 the slices' inputs are uncorrelated.
@@ -30,7 +31,18 @@ from fxcompress.errors import UsageError
 from fxcompress.passes.low_rank.folding import Folding, Layer
 from fxcompress.passes.low_rank.spectra import Spectrum, factors
 
-__all__ = ["ERRORS", "Activation", "Bound", "ErrorMeasure", "Frobenius", "LogEnergy", "Operator", "Residual", "Scale"]
+__all__ = [
+    "ERRORS",
+    "Activation",
+    "Bound",
+    "ErrorMeasure",
+    "Frobenius",
+    "LogEnergy",
+    "Noise",
+    "Operator",
+    "Residual",
+    "Scale",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +185,29 @@ class LogEnergy(Activation):
 
     def curve(self, layer: Layer, folding: Folding, found: Spectrum, ranks: np.ndarray, scale: Scale) -> np.ndarray:
         """See :meth:`ErrorMeasure.curve`."""
-        lost = super().curve(layer, folding, found, ranks, scale) ** 2
-        kept: np.ndarray = 1 - np.minimum(lost, 1 - np.finfo(np.float64).eps)
-        return np.asarray(np.sqrt(-np.log(kept)))
+        return np.asarray(np.sqrt(-np.log(_kept(super().curve(layer, folding, found, ranks, scale)))))
 
 
-ERRORS: dict[str, type[ErrorMeasure]] = {
-    m.name: m for m in (Operator, Bound, Residual, Frobenius, Activation, LogEnergy)
-}
+@dataclasses.dataclass(frozen=True)
+class Noise(Frobenius):
+    """``e / sqrt(1 - e^2)`` with e the ``frobenius`` error: what is missing relative to what is left.
+
+    A relative error ends at 1, so that a sum of squares may give up a large layer altogether for little. This does not
+    end, and no layer is given up.
+    """
+
+    name: ClassVar[str] = "noise"
+
+    def curve(self, layer: Layer, folding: Folding, found: Spectrum, ranks: np.ndarray, scale: Scale) -> np.ndarray:
+        """See :meth:`ErrorMeasure.curve`."""
+        error = super().curve(layer, folding, found, ranks, scale)
+        return np.asarray(error / np.sqrt(_kept(error)))
+
+
+def _kept(error: np.ndarray) -> np.ndarray:
+    """``1 - e^2``, not quite zero."""
+    return np.asarray(1 - np.minimum(error**2, 1 - np.finfo(np.float64).eps))
+
+
+_ALL = (Operator, Bound, Residual, Frobenius, Noise, Activation, LogEnergy)
+ERRORS: dict[str, type[ErrorMeasure]] = {m.name: m for m in _ALL}
