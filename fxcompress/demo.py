@@ -39,6 +39,7 @@ __all__ = [
 
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "folded": ("remove-identity", "fold-batch-norm"),
+    "factorised": ("remove-identity", "fold-batch-norm", "alds:ratio=0.3,error=activation"),
     "pruned": ("remove-identity", "prune-channels:ratio=0.2,measure=macs,reconstruct=True", "fold-batch-norm"),
 }
 """Name of a result -> the passes that make it, in order."""

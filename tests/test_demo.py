@@ -88,6 +88,13 @@ def test_the_pruned_network_is_smaller_and_still_sees_something(result: demo.Dem
     assert result.outcomes["pruned"].agreement > 0.3  # a guess would be right once in a thousand
 
 
+def test_the_factorised_network_is_smaller_and_sees_the_same(result: demo.DemoResult) -> None:
+    record = next(p for p in result.reports["factorised"].passes if p.name == "alds")
+    assert record.parameters_after <= (1 - float(record.options["ratio"])) * record.parameters_before
+    assert result.outcomes["factorised"].size < result.outcomes["folded"].size
+    assert result.outcomes["factorised"].agreement > 0.8
+
+
 def test_crops_are_other_ones_for_another_seed() -> None:
     photos = load_photos().values()
     one, again, other = crops(photos, 9, seed=0), crops(photos, 9, seed=0), crops(photos, 9, seed=1)
@@ -104,6 +111,7 @@ def test_the_text_has_every_part(result: demo.DemoResult) -> None:
         "espresso",
         "same class",
         "on disk",
+        "factorised:",
         "pruned:",
         "torch.compile was not measured",
     ):

@@ -51,7 +51,8 @@ class Alds(Pass):
             on this machine, eager, as it is measured for layers and pairs one by one. A layer stays whole where no
             pair is faster.
         error: an :class:`~fxcompress.passes.low_rank.errors.ErrorMeasure` or the name of one: ``"operator"``,
-            ``"bound"``, ``"residual"``, ``"frobenius"``, ``"noise"``, or ``"activation"``, which needs calibration data.
+            ``"bound"``, ``"residual"``, ``"frobenius"``, ``"noise"``, or ``"activation"``, which needs calibration
+            data and with data like those of use is by far the best.
         solver: ``"minimax"`` (the largest error least), ``"sum"`` (the sum of squared errors least) or ``"constant"``
             (the same ratio for every layer).
         schemes: how kernels may be folded, some of 0, 1, 2, 3.
