@@ -183,7 +183,7 @@ class Alds(Pass):
         weightings = {s: found.weighting(candidate.layer, self._shrinkage) for s, found in moments.items()}
         places = candidate.places(context, self.schemes)
         by = "macs" if self.measure == "macs" else "params"
-        return table_of(
+        table = table_of(
             candidate.path,
             candidate.layer,
             places,
@@ -193,6 +193,8 @@ class Alds(Pass):
             weightings,
             by,
         )
+        few = [found.said(scheme) for scheme, found in moments.items() if not found.spans()]
+        return dataclasses.replace(table, notes=(*table.notes, *few))
 
     def _allows(self, slices: int) -> bool:
         if self.slices is not None and slices != self.slices:

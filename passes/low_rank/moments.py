@@ -46,6 +46,17 @@ class Moments:
         white = torch.eye(found.shape[-1], dtype=found.dtype) * level[:, None, None]
         return (1 - shrinkage) * found + shrinkage * white
 
+    def spans(self) -> bool:
+        """Whether there are more rows than inputs, so that the covariance may have full rank."""
+        return self.count > self.mean.shape[1]
+
+    def said(self, scheme: int) -> str:
+        """What to say where they do not span."""
+        return (
+            f"scheme {scheme}: {self.count} rows of calibration data for {self.mean.shape[1]} inputs, so their "
+            "covariance is singular; see `shrinkage`"
+        )
+
     def of_mean(self, folding: Folding, missing: Tensor) -> Tensor:
         """What the missing part of a weight gives on the mean input; borders aside.
 

@@ -355,6 +355,9 @@ def test_every_measure_and_the_fixed_number_of_slices(error: str) -> None:
         assert slices <= ({2} if "slices" in options else {1, 2} if options else set(range(1, 65)))
 
 
+FEW = "scheme 0: 3 rows of calibration data for 16 inputs, so their covariance is singular; see `shrinkage`"
+
+
 def test_calibration_that_never_reaches_a_layer_is_said() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -364,11 +367,13 @@ def test_calibration_that_never_reaches_a_layer_is_said() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return self.a(x).sum(0) + self.b(y).sum(0)
 
-    x = torch.randn(3, 16)
-    found = fxcompress.compile(Net(), [Alds(0.3, error="activation")], (x, x), calibration=[(x, x[:0])])
-    details = {d["module"]: d for d in fxcompress.report(found).passes[-1].details}
-    assert "calibration never reaches it" in details["b"]["notes"][0]
-    assert "notes" not in details["a"]
+    x = torch.randn(20, 16)
+    for count in (20, 3):
+        given_ = [(x[:count], x[:0])]
+        found = fxcompress.compile(Net(), [Alds(0.3, error="activation")], (x, x), calibration=given_)
+        details = {d["module"]: d for d in fxcompress.report(found).passes[-1].details}
+        assert "calibration never reaches it" in details["b"]["notes"][0]
+        assert details["a"].get("notes", []) == ([] if count == 20 else [FEW])
 
 
 def test_it_composes_with_folding_and_pruning() -> None:
