@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fxcompress.errors import UsageError
+
 __all__ = [
     "argument",
     "called",
+    "check_patterns",
     "describe",
     "is_call",
     "is_torch_call",
@@ -83,6 +86,17 @@ def matches_path(path: str, pattern: str) -> bool:
     """Whether the glob ``pattern`` matches the dotted ``path`` of a module, or that of a module that it lies in."""
     parts = path.split(".")
     return any(fnmatch.fnmatch(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+
+
+def check_patterns(**options: object) -> None:
+    """Refuse a single string where there should be a tuple of patterns, as its characters would be taken for them.
+
+    Raises:
+        UsageError: one of ``options`` is a string.
+    """
+    for option, patterns in options.items():
+        if isinstance(patterns, str):
+            raise UsageError(f"{option} is a tuple of patterns, got the string {patterns!r}; write ({patterns!r},)")
 
 
 def override_of(module: nn.Module) -> str | None:

@@ -151,9 +151,9 @@ class Pass:
         """Change the graph at ``site``; what it returns (plain values) is added to the site's detail."""
         raise NotImplementedError(f"{type(self).__qualname__} must act on its sites: implement rewrite()")
 
-    def reads_calibration(self) -> bool:
-        """Whether this pass reads the calibration data, so that a stream of it has to be kept for others."""
-        return Need.CALIBRATION in self.needs or type(self).observes is not Pass.observes
+    def calibration_reads(self) -> int:
+        """How often this pass reads the calibration data; a stream of it is kept in memory if more than once in all."""
+        return int(Need.CALIBRATION in self.needs or type(self).observes is not Pass.observes)
 
     def error_bound(self) -> float | None:
         """For APPROXIMATE passes: the largest relative error this pass declares, or ``None`` for 'just report it'."""

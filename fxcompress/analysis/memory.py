@@ -58,12 +58,14 @@ class Memory:
                 self._parent[self._root(source)] = self._root(node)
         self._last_strided: fx.Node | None = None
         self._last_writer: dict[fx.Node, fx.Node] = {}
+        self._writes: list[tuple[fx.Node, fx.Node]] = []
         self._outside: dict[fx.Node, set[str]] = {}
         for node in gm.graph.nodes:
             if self._is_strided(node):
                 self._last_strided = node
             for written in self._written_by(node):
                 self._last_writer[self._root(written)] = node
+                self._writes.append((node, written))
             if node.op in ("placeholder", "get_attr", "output"):
                 for value in node.all_input_nodes or [node]:
                     self._outside.setdefault(self._root(value), set()).add(node.op)
@@ -88,6 +90,12 @@ class Memory:
         if strided is not None and not alike and self._position[strided] > self._position[copy]:
             return f"{matching.describe(self._gm, strided)} may count on how the copy lies in memory"
         return None
+
+    def writer_between(self, value: fx.Node, reader: fx.Node) -> fx.Node | None:
+        """The first node that may write to ``value`` after it was made and before ``reader`` reads it."""
+        root, first, last = self._root(value), self._position[value], self._position[reader]
+        found = (node for node, of in self._writes if first < self._position[node] < last and self._root(of) is root)
+        return next(found, None)
 
     def _is_dense(self, node: fx.Node) -> bool:
         """Whether a tensor surely has neither gaps nor overlaps: newly made, or rearranged from one that was."""

@@ -18,9 +18,11 @@ import numpy as np
 
 from fxcompress.analysis.cost import cost
 from fxcompress.analysis.latency import latency
-from fxcompress.calibration import checked
+from fxcompress.analysis.memory import Memory
+from fxcompress.analysis.shapes import TensorSpec
+from fxcompress.calibration import check_batch
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.matching import matches_path
+from fxcompress.matching import check_patterns, matches_path
 from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import ERRORS, Activation, ErrorMeasure
@@ -97,14 +99,15 @@ class Alds(Pass):
             raise UsageError(f"there is no error {self.error!r}; did you mean {near!r}? There are {', '.join(ERRORS)}")
         if not self.schemes or not set(self.schemes) <= set(SCHEMES):
             raise UsageError(f"schemes are some of 0, 1, 2 and 3, got {self.schemes!r}")
+        check_patterns(exclude=self.exclude, only=self.only)
         for option, value in (("slices", self.slices), ("max_slices", self.max_slices)):
             if value is not None and value < 1:
                 raise UsageError(f"{option} must be at least 1, got {value}")
 
     # ------------------------------------------------------------------------------------------------- the contract
-    def reads_calibration(self) -> bool:
-        """See :meth:`Pass.reads_calibration`."""
-        return self.sensitivity or self._measure_of_error().needs_data
+    def calibration_reads(self) -> int:
+        """See :meth:`Pass.calibration_reads`."""
+        return int(self.sensitivity) + int(self._measure_of_error().needs_data)
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`: some errors need calibration data."""
@@ -118,11 +121,12 @@ class Alds(Pass):
         """See :meth:`Pass.observes`."""
         if not self._measure_of_error().needs_data:
             return
+        memory = Memory(context.gm, lambda node: isinstance(context.shapes[node], TensorSpec))
         for candidate in filter(self._is_wanted, Survey(context).candidates):
             folding = Folding.of(candidate.layer)
             for scheme in folding.distinct(self.schemes):
                 if observable(candidate.layer, folding, scheme):
-                    for source in candidate.sources:
+                    for source in candidate.unwritten_sources(memory):
                         observer = partial(MomentsObserver, candidate.layer, scheme)
                         yield Observation(source, _key(candidate, scheme), observer)
 
@@ -136,7 +140,7 @@ class Alds(Pass):
         weights = self._weights(context, wanted, tables, moments) if self.sensitivity else np.ones(len(wanted))
         for i, option in enumerate(self._chosen(context, wanted, tables, weights)):
             replacement = Replacement(wanted[i], tables[i].choice(option), moments[i], self._shrinkage)
-            detail = _detail(wanted[i].path, tables[i], option)
+            detail = _detail(wanted[i].path, tables[i], option, self._why_whole(tables[i]))
             if self.sensitivity:
                 detail["sensitivity"] = float(weights[i])
             yield Site(wanted[i].calls[0], (context.gm, replacement), detail)
@@ -157,12 +161,13 @@ class Alds(Pass):
         return measure.shrinkage if isinstance(measure, Activation) else 0.0
 
     def _is_wanted(self, candidate: Candidate) -> bool:
-        if any(matches_path(candidate.path, pattern) for pattern in self.exclude):
+        if any(candidate.matches(pattern) for pattern in self.exclude):
             return False
-        return not self.only or any(matches_path(candidate.path, pattern) for pattern in self.only)
+        return not self.only or any(candidate.matches(pattern) for pattern in self.only)
 
     def _check_patterns(self, survey: Survey) -> None:
-        known = [*(c.path for c in survey.candidates), *(str(r.node.target) for r in survey.refusals)]
+        known = [path for c in survey.candidates for path in c.paths]
+        known += [str(r.node.target) for r in survey.refusals]
         for pattern in (*self.exclude, *self.only):
             if not any(matches_path(path, pattern) for path in known):
                 near = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.0)
@@ -175,12 +180,19 @@ class Alds(Pass):
         for scheme in Folding.of(candidate.layer).distinct(self.schemes):
             parts = [context.statistics.get((source, _key(candidate, scheme))) for source in candidate.sources]
             merged = Moments.merged([p for p in parts if p is not None])
-            if merged is not None:
-                found[scheme] = merged
+            if merged is None:
+                continue
+            if not merged.is_finite():
+                raise PreconditionError(
+                    f"{self.name}: what {candidate.path!r} reads on the calibration data is not finite; repair the "
+                    "data or the weights before it, or exclude it"
+                )
+            found[scheme] = merged
         return found
 
     def _table(self, context: PassContext, candidate: Candidate, moments: Mapping[int, Moments]) -> Table:
-        weightings = {s: found.weighting(candidate.layer, self._shrinkage) for s, found in moments.items()}
+        given = {s: found.weighting(candidate.layer, self._shrinkage) for s, found in moments.items()}
+        weightings = {s: c for s, c in given.items() if c is not None}
         places = candidate.places(context, self.schemes)
         by = "macs" if self.measure == "macs" else "params"
         table = table_of(
@@ -201,6 +213,14 @@ class Alds(Pass):
             return False
         return self.max_slices is None or slices <= self.max_slices
 
+    def _why_whole(self, table: Table) -> str:
+        """What to say if the layer stays as it is."""
+        if len(table.rank) == 1:
+            return "no pair in an allowed number of slices is smaller"
+        if self.measure == "latency":
+            return "no pair is faster here, or its part of the budget allows it"
+        return "its part of the budget allows it"
+
     def _weights(
         self,
         context: PassContext,
@@ -214,7 +234,10 @@ class Alds(Pass):
             option = table.nearest(MIDDLING)
             replacement = Replacement(candidate, table.choice(option), found, self._shrinkage)
             trials.append((replacement, float(table.error[option])) if option and table.error[option] else None)
-        example = context.example if context.batches is None else next(iter(checked(context.gm, context.batches)))
+        example = context.example
+        if context.batches is not None:
+            example = next(iter(context.batches))
+            check_batch(context.gm, example, 0)
         assert example is not None, "declared in needs"
         return sensitivities(context.gm, example, trials)
 
@@ -274,7 +297,7 @@ def _key(candidate: Candidate, scheme: int) -> str:
     return f"low-rank moments of {candidate.path}, scheme {scheme}"
 
 
-def _detail(path: str, table: Table, option: int) -> dict[str, Any]:
+def _detail(path: str, table: Table, option: int, why_whole: str) -> dict[str, Any]:
     choice = table.choice(option)
     detail: dict[str, Any] = {
         "module": path,
@@ -286,7 +309,7 @@ def _detail(path: str, table: Table, option: int) -> dict[str, Any]:
         "error": float(table.error[option]),
     }
     if choice is None:
-        detail["left_whole"] = "its part of the budget allows it" if len(table.rank) > 1 else "no pair is smaller"
+        detail["left_whole"] = why_whole
     if table.notes:
         detail["notes"] = list(table.notes)
     return detail

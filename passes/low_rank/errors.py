@@ -60,7 +60,7 @@ class ErrorMeasure:
     ranks: ClassVar[int | None] = None
 
     def curve(self, layer: Layer, folding: Folding, found: Spectrum, ranks: np.ndarray, scale: Scale) -> np.ndarray:
-        """The error at each of ``ranks``, from 1 to below the full rank of a slice; of their shape, not increasing."""
+        """The error at each of ``ranks``, from 1 to the full rank of a slice; of their shape, not increasing."""
         raise NotImplementedError(f"{type(self).__qualname__} must implement curve()")
 
 
@@ -161,6 +161,9 @@ class Frobenius(ErrorMeasure):
 @dataclasses.dataclass(frozen=True)
 class Activation(Frobenius):
     """See the module: as ``frobenius``, weighted by what the layer reads on the calibration data.
+
+    Only scheme 0 with one slice has the true error of the output there: what slices, or the taps that a decoder adds
+    up, have in common is left out. So schemes compare less well under this error than under ``frobenius``.
 
     Args:
         shrinkage: from 0 to 1, how much of the moment is replaced by a multiple of the identity: few data say nothing

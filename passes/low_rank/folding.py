@@ -30,6 +30,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from fxcompress.modules import GroupedLinear
 
@@ -189,10 +190,10 @@ class Folding:
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         encoder: nn.Module
         if slices == 1:
-            encoder = nn.Linear(self.inputs, rank, bias=False, **like)
+            encoder = _made(nn.Linear, self.inputs, rank, bias=False, **like)
         else:
-            encoder = GroupedLinear(self.inputs, slices * rank, slices, **like)
-        return encoder, nn.Linear(slices * rank, self.outputs, bias=bias, **like)
+            encoder = _made(GroupedLinear, self.inputs, slices * rank, slices, **like)
+        return encoder, _made(nn.Linear, slices * rank, self.outputs, bias=bias, **like)
 
     def _convolutions(
         self, layer: nn.modules.conv._ConvNd, scheme: int, slices: int, rank: int, bias: bool
@@ -229,8 +230,7 @@ class Folding:
                 options["output_padding"] = own(layer.output_padding, 0)
             else:  # a transposed convolution that moves nothing
                 kind = _CONVOLUTIONS[len(self.kernel) - 1]
-        part: nn.Module = kind(into, out, **options)
-        return part
+        return _made(kind, into, out, **options)
 
     def _encoder_weight(self, module: nn.Module, scheme: int, right: Tensor) -> Tensor:
         slices, rank = len(right) // self.groups, right.shape[1]
@@ -250,10 +250,17 @@ class Folding:
         return weight.flatten(0, 1)
 
 
+def _made(kind: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
+    """A layer whose weights are not initialised, so that no random numbers are drawn."""
+    made: nn.Module = skip_init(kind, *args, **options)  # type: ignore[no-untyped-call]
+    return made
+
+
 def _fill(module: Any, weight: Tensor, like: Tensor) -> None:
     """Give ``module`` its weight, in the memory format of ``like``."""
-    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
-        module.to(memory_format=torch.channels_last)
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+    if layout is not None and like.is_contiguous(memory_format=layout) and not like.is_contiguous():
+        module.to(memory_format=layout)
     with torch.no_grad():
         module.weight.copy_(weight)
     module.weight.requires_grad_(like.requires_grad)

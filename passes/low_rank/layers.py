@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress import editing, matching
+from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.pass_base import PassContext, Refusal
 from fxcompress.passes.low_rank.folding import LAYERS, Choice, Folding, Layer
-from fxcompress.passes.low_rank.moments import Moments, slices_of
+from fxcompress.passes.low_rank.moments import Moments, slices_of, takes_up_mean
 from fxcompress.passes.low_rank.spectra import factors
 from fxcompress.passes.low_rank.tables import Places, between
 
@@ -22,9 +23,10 @@ __all__ = ["Candidate", "Replacement", "Survey"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
-    """A layer, its path (of the first call), and every node that calls it."""
+    """A layer, its path (of the first call), all of its paths, and every node that calls it."""
 
     path: str
+    paths: tuple[str, ...]
     layer: Layer
     calls: tuple[fx.Node, ...]
 
@@ -33,6 +35,15 @@ class Candidate:
         """What each call reads."""
         found = tuple(matching.tensor_input(call) for call in self.calls)
         return tuple(source for source in found if source is not None)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob pattern matches any of its paths."""
+        return any(matching.matches_path(path, pattern) for path in self.paths)
+
+    def unwritten_sources(self, memory: Memory) -> list[fx.Node]:
+        """What calls read and nothing writes to in place before they do: they read what it was when it was made."""
+        pairs = zip(self.sources, self.calls, strict=True)
+        return [source for source, call in pairs if memory.writer_between(source, call) is None]
 
     def inputs(self, context: PassContext) -> list[TensorSpec]:
         """Shape and dtype of the input of each call."""
@@ -73,7 +84,8 @@ class Survey:
             if obstacle := _obstacle(context, module, calls):
                 self.refusals.append(Refusal(node, obstacle))
             else:
-                self.candidates.append(Candidate(str(node.target), module, calls))  # type: ignore[arg-type]
+                paths = context.aliasing.paths(module)
+                self.candidates.append(Candidate(str(node.target), paths, module, calls))  # type: ignore[arg-type]
 
 
 _FUNCTIONS = ("linear", *(f"conv{t}{i}d" for t in ("", "_transpose") for i in (1, 2, 3)))
@@ -143,10 +155,11 @@ class Replacement:
     def _factors(self, c: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
         layer, found = self.candidate.layer, self.moments.get(c.scheme)
         folding = Folding.of(layer)
-        weighting = None if found is None else slices_of(found.weighting(layer, self.shrinkage), c.slices)
+        whole = None if found is None else found.weighting(layer, self.shrinkage)
+        weighting = None if whole is None else slices_of(whole, c.slices)
         left, right = factors(layer, folding, c.scheme, c.slices, c.rank, weighting)
         bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
-        if found is not None and bias is not None:
+        if found is not None and bias is not None and takes_up_mean(layer):
             missing = folding.matrices(layer, c.scheme, c.slices) - left @ right
             bias = bias.to("cpu", torch.float64) + found.of_mean(folding, missing)
         return left, right, bias

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fxcompress.analysis.patches import READABLE, output_places, rows_at
 from fxcompress.passes.low_rank.folding import Folding, Layer
 
-__all__ = ["Moments", "MomentsObserver", "observable", "slices_of"]
+__all__ = ["Moments", "MomentsObserver", "observable", "slices_of", "takes_up_mean"]
 
+_CONSTANT = 1e-12
+"""A variance of no more than this part of the mean square is rounding."""
 _PLACES = 64
 """Of each sample as many places are looked at, drawn from a fixed seed."""
 
@@ -31,20 +33,27 @@ class Moments:
     mean: Tensor
     second: Tensor
 
-    def weighting(self, layer: Layer, shrinkage: float) -> Tensor:
+    def is_finite(self) -> bool:
+        """Whether all of it is."""
+        return bool(torch.isfinite(self.second).all())
+
+    def weighting(self, layer: Layer, shrinkage: float) -> Tensor | None:
         """What the weight of ``layer`` is multiplied by: the covariance if it has a bias, which takes up the mean,
         else the second moment; mixed with a multiple of the identity of the same trace, which stands for what the data
         do not show and makes it regular.
 
         Returns:
-            Of the shape of :attr:`second`.
+            Of the shape of :attr:`second`; ``None`` if the data do not vary, so that nothing can be weighed by them.
         """
-        found = self.second
-        if layer.bias is not None:
-            found = found - self.mean[:, :, None] * self.mean[:, None]
-        level = found.diagonal(dim1=1, dim2=2).mean(-1)
-        white = torch.eye(found.shape[-1], dtype=found.dtype) * level[:, None, None]
-        return (1 - shrinkage) * found + shrinkage * white
+        found = self.second.clone()
+        if takes_up_mean(layer):
+            found -= self.mean[:, :, None] * self.mean[:, None]
+        varies = found.diagonal(dim1=1, dim2=2).mean(-1)
+        if bool((varies <= _CONSTANT * self.second.diagonal(dim1=1, dim2=2).mean(-1)).any()):
+            return None
+        found *= 1 - shrinkage
+        found.diagonal(dim1=1, dim2=2).add_(shrinkage * varies[:, None])
+        return found
 
     def spans(self) -> bool:
         """Whether there are more rows than inputs, so that the covariance may have full rank."""
@@ -77,10 +86,18 @@ class Moments:
         count = sum(p.count for p in parts)
         if not count:
             return None
+        if len(parts) == 1:
+            return parts[0]
         shares = [p.count / count for p in parts]
         mean = torch.stack([s * p.mean for s, p in zip(shares, parts, strict=True)]).sum(0)
         second = torch.stack([s * p.second for s, p in zip(shares, parts, strict=True)]).sum(0)
         return cls(count, mean, second)
+
+
+def takes_up_mean(layer: Layer) -> bool:
+    """Whether a change of the bias of ``layer`` makes up for what a pair misses of the mean input: in a transposed
+    convolution not every output gets something from every tap."""
+    return layer.bias is not None and not getattr(layer, "transposed", False)
 
 
 def observable(layer: Layer, folding: Folding, scheme: int) -> bool:
@@ -130,7 +147,7 @@ class MomentsObserver:
         rows = rows_at(self._encoder, value, chosen.to(value.device)).cpu().double().transpose(0, 1)
         self._count += rows.shape[1]
         self._sum += rows.sum(1)
-        self._second += rows.mT @ rows
+        self._second.baddbmm_(rows.mT, rows)
 
     def result(self) -> Moments:
         """The moments so far; zeros if nothing was seen."""

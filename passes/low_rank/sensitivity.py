@@ -16,12 +16,14 @@ from torch import fx
 
 from fxcompress.analysis.outputs import tensor_leaves
 from fxcompress.editing import private_copy
+from fxcompress.errors import PreconditionError
 from fxcompress.examples import evaluate
 from fxcompress.pass_base import Example
 from fxcompress.passes.low_rank.layers import Replacement
 
 __all__ = ["MIDDLING", "sensitivities"]
 
+_LEAST = 1e-6
 MIDDLING = 0.3
 """An error at which a layer is tried: large enough to be seen in the output, small enough to be near linear."""
 
@@ -34,12 +36,23 @@ def sensitivities(
     Args:
         gm: the graph; it stays as it is.
         example: what it runs on.
-        trials: for each layer a pair to try and its error; ``None`` for a layer without one, which gets 1.
+        trials: for each layer a pair to try and its error; ``None`` for a layer without one.
+
+    Returns:
+        For each layer; not below :data:`_LEAST` of the largest: one batch does not show that a layer is of no use.
+
+    Raises:
+        PreconditionError: the output has no floating-point tensor, or nothing finite, to compare by.
     """
     own = private_copy(gm)
     before = _outputs(own, example)
-    size = max(float(sum(t.square().sum() for t in before)), np.finfo(np.float64).tiny)
-    found = np.ones(len(trials))
+    if not any(bool(torch.isfinite(t).any()) for t in before):
+        raise PreconditionError(
+            "sensitivity is measured on the output, which has no finite floating-point numbers on this data; set "
+            "sensitivity=False"
+        )
+    size = max(_distance(before, [torch.zeros_like(t) for t in before]), np.finfo(np.float64).tiny)
+    found = np.zeros(len(trials))
     for i, trial in enumerate(trials):
         if trial is None:
             continue
@@ -54,9 +67,17 @@ def sensitivities(
             after = _outputs(own, example)
             for name, value in kept.items():
                 layer.get_parameter(name).copy_(value)
-        change = float(sum((a - b).square().sum() for a, b in zip(before, after, strict=True)))
-        found[i] = change / size / error**2
-    return found
+        found[i] = _distance(before, after) / size / error**2
+    return np.maximum(found, _LEAST * found.max(initial=0.0)) if found.any() else np.ones(len(trials))
+
+
+def _distance(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    """The sum of squared differences over all that is finite in both."""
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        both = torch.isfinite(x) & torch.isfinite(y)
+        total += float((x[both] - y[both]).square().sum())
+    return total
 
 
 def _outputs(gm: fx.GraphModule, example: Example) -> list[torch.Tensor]:

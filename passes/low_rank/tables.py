@@ -54,7 +54,6 @@ class Table:
     """The options of one layer. Option 0 is the layer as it is.
 
     Attributes:
-        folding: of the layer.
         scheme, slices, rank: of each option; 0 for option 0.
         parameters: weights of each option.
         macs: multiply-accumulates of each option.
@@ -62,7 +61,6 @@ class Table:
         notes: what the user should know.
     """
 
-    folding: Folding
     scheme: np.ndarray
     slices: np.ndarray
     rank: np.ndarray
@@ -83,6 +81,10 @@ class Table:
         if option == 0:
             return None
         return Choice(int(self.scheme[option]), int(self.slices[option]), int(self.rank[option]))
+
+
+_Part = tuple[int, int, np.ndarray, np.ndarray]
+"""Scheme, slices, ranks, and the error at each."""
 
 
 def table_of(
@@ -113,33 +115,29 @@ def table_of(
     if not bool(torch.isfinite(layer.weight).all()):
         raise PreconditionError(f"the weight of {path!r} is not finite, so it has no singular values; repair it")
     folding = Folding.of(layer)
-    parts = [_whole(folding, places)]
+    parts: list[_Part] = [(0, 0, np.zeros(1, dtype=np.int64), np.zeros(1))]
     notes = []
     for scheme in folding.distinct(tuple(schemes)):
         weighting = weightings.get(scheme)
         if measure.needs_data and weighting is None:
-            reason = "calibration never reaches it" if observable(layer, folding, scheme) else "a transposed kernel"
+            unseen = "calibration never reaches it, or does not vary there, or it is overwritten before"
+            reason = unseen if observable(layer, folding, scheme) else "a transposed kernel"
             notes.append(f"scheme {scheme}: plain error instead of {measure.name!r}, {reason}")
-        scale = None
+        whole = None
         for k in folding.all_slices():
             ranks = _paying(folding, places, scheme, k, by)
             if not len(ranks) or not slices(k):
                 continue
-            if scale is None:
-                scale = Scale.of(spectrum(layer, folding, scheme, 1, weighting))
-            spectral = spectrum(layer, folding, scheme, k, None if weighting is None else slices_of(weighting, k))
+            if whole is None:
+                whole = spectrum(layer, folding, scheme, 1, weighting)
+                scale = Scale.of(whole)
+            block = None if weighting is None else slices_of(weighting, k)
+            spectral = whole if k == 1 else spectrum(layer, folding, scheme, k, block)
             ranks = ranks[ranks <= spectral.rank]
             if measure.ranks is not None and k > 1 and len(ranks) > measure.ranks:
                 ranks = np.unique(np.linspace(ranks[0], ranks[-1], measure.ranks).round().astype(np.int64))
             parts.append((scheme, k, ranks, measure.curve(layer, folding, spectral, ranks, scale)))
     return _assembled(folding, places, parts, tuple(notes))
-
-
-_Part = tuple[int, int, np.ndarray, np.ndarray]
-
-
-def _whole(folding: Folding, places: Places) -> _Part:
-    return 0, 0, np.zeros(1, dtype=np.int64), np.zeros(1)
 
 
 def _per_rank(folding: Folding, places: Places, scheme: int, slices: int) -> tuple[int, int]:
@@ -168,7 +166,6 @@ def _assembled(folding: Folding, places: Places, parts: Sequence[_Part], notes: 
         columns["parameters"].append(parameters * times)
         columns["macs"].append(macs * times)
     return Table(
-        folding,
         rank=np.concatenate([ranks for _, _, ranks, _ in parts]),
         error=np.concatenate([error for *_, error in parts]),
         notes=notes,

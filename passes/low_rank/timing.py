@@ -70,7 +70,8 @@ def _kind(layer: Layer) -> Hashable:
 
 def _timed(layer: Layer, choices: Sequence[Choice | None], spec: TensorSpec) -> np.ndarray:
     folding = Folding.of(layer)
-    x: Any = torch.randn(spec.shape, device=spec.device).to(spec.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x: Any = torch.randn(spec.shape, generator=generator).to(spec.device, spec.dtype)
     if x.dim() == 4 and layer.weight.dim() == 4 and not layer.weight.is_contiguous():
         x = x.contiguous(memory_format=torch.channels_last)
     candidates: dict[str, nn.Module] = {}
@@ -78,13 +79,15 @@ def _timed(layer: Layer, choices: Sequence[Choice | None], spec: TensorSpec) -> 
         if choice is None:
             candidates[str(i)] = copy.deepcopy(layer).eval()
         else:
-            left, right = _random_factors(folding, choice)
+            left, right = _random_factors(folding, choice, generator)
             candidates[str(i)] = nn.Sequential(*folding.pair(layer, choice.scheme, left, right, layer.bias)).eval()
     times = compare_latency(candidates, (x,), warmup=_WARMUP, repeats=_REPEATS)
     return np.array([times[str(i)].median for i in range(len(choices))])
 
 
-def _random_factors(folding: Folding, c: Choice) -> tuple[Tensor, Tensor]:
+def _random_factors(folding: Folding, c: Choice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     rows, columns = folding.shape(c.scheme, c.slices)
     count = folding.groups * c.slices
-    return torch.randn(count, rows, c.rank), torch.randn(count, c.rank, columns)
+    sizes = ((count, rows, c.rank), (count, c.rank, columns))
+    left, right = (torch.randn(size, generator=generator) for size in sizes)
+    return left, right

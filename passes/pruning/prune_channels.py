@@ -18,7 +18,7 @@ import numpy as np
 from fxcompress.analysis.channels import ChannelGroups, Group, channel_groups
 from fxcompress.analysis.cost import cost
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.matching import matches_path
+from fxcompress.matching import check_patterns, matches_path
 from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
 from fxcompress.passes.pruning.budget import Budget
 from fxcompress.passes.pruning.importance import IMPORTANCES, Importance
@@ -69,6 +69,7 @@ class PruneChannels(Pass):
         for ratio in (self.ratio, *self.per_layer.values()):
             if not 0 <= ratio < 1:
                 raise UsageError(f"a ratio is the fraction to remove, at least 0 and below 1, got {ratio}")
+        check_patterns(exclude=self.exclude, only=self.only)
         for option, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, got {value}")
@@ -85,9 +86,9 @@ class PruneChannels(Pass):
                 f"there is no importance {self.importance!r}; did you mean {near!r}? There are {', '.join(IMPORTANCES)}"
             )
 
-    def reads_calibration(self) -> bool:
-        """See :meth:`Pass.reads_calibration`."""
-        return self.reconstruct or self._importance().needs_data
+    def calibration_reads(self) -> int:
+        """See :meth:`Pass.calibration_reads`."""
+        return int(self.reconstruct) + int(self._importance().needs_data)
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`: some importances need calibration data, and so does ``reconstruct``."""

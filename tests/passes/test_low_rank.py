@@ -531,3 +531,120 @@ def test_timings_are_real_and_kept() -> None:
     assert first.shape == (3,)
     assert (first > 0).all()
     assert (seconds_of(nn.Linear(64, 64), choices, specs) == first).all()
+
+
+# --- what a reviewer found ---
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_mean_is_no_worse_than_without_data_in_transposed_convolutions(stride: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(16, 16, 2, stride=stride)
+    x = torch.randn(8, 16, 6, 6) * 0.3 + 2
+    errors = {}
+    for error in ("frobenius", "activation"):
+        pass_ = Alds(0.4, error=error, schemes=(3,), slices=1)
+        found = fxcompress.compile(nn.Sequential(layer), [pass_], x, calibration=[x])
+        errors[error] = float((found(x) - layer(x)).norm() / layer(x).norm())
+    assert errors["activation"] < errors["frobenius"]
+
+
+def test_data_that_do_not_vary_are_not_used() -> None:
+    x = torch.randn(1, 32)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64))
+    found = fxcompress.compile(model, [Alds(0.2, error="activation")], x, calibration=[x])
+    record = fxcompress.report(found).passes[-1]
+    assert record.parameters_after >= 0.7 * record.parameters_before
+    assert all("does not vary" in d["notes"][0] for d in record.details)
+
+
+class OfIntegers(nn.Sequential):
+    """Gives the number of the largest output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)  # type: ignore[no-any-return]
+
+
+class Masked(nn.Sequential):
+    """Gives minus infinity beside what it works out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.cat([y, torch.full_like(y, -torch.inf)], 1)
+
+
+def test_sensitivity_of_odd_outputs() -> None:
+    layers_ = (nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    x = torch.randn(8, 32)
+    with pytest.raises(PreconditionError, match="no finite floating-point"):
+        fxcompress.compile(OfIntegers(*layers_), [Alds(0.2, sensitivity=True)], x)
+    found = fxcompress.compile(Masked(*layers_), [Alds(0.2, sensitivity=True)], x, verify=False)
+    details = fxcompress.report(found).passes[-1].details
+    assert all(0 < d["sensitivity"] < 100 for d in details)
+
+
+def test_layers_without_effect_are_not_given_up() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    nn.init.zeros_(model[2].weight)
+    found = fxcompress.compile(model, [Alds(0.2, sensitivity=True)], torch.randn(8, 32))
+    record = fxcompress.report(found).passes[-1]
+    assert next(d for d in record.details if d["module"] == "0")["rank"] is None
+
+
+def test_what_is_overwritten_before_it_is_read_is_not_observed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            h.relu_()
+            return self.b(h)  # type: ignore[no-any-return]
+
+    x = torch.randn(100, 16)
+    found = fxcompress.compile(fx.symbolic_trace(Net()), [Alds(0.2, error="activation")], x, calibration=[x])
+    notes = {d["module"]: d.get("notes") for d in fxcompress.report(found).passes[-1].details}
+    assert notes["a"] is None
+    assert "overwritten" in notes["b"][0]
+
+
+def test_patterns_look_at_every_path_of_a_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x, self.y = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.y(self.x(self.x(x)))  # type: ignore[no-any-return]
+
+    graph = fx.symbolic_trace(Net())
+    graph.again = graph.x
+    list(graph.graph.nodes)[2].target = "again"
+    graph.recompile()
+    for pattern in ("x", "again"):
+        found = fxcompress.compile(graph, [Alds(0.2, exclude=(pattern,))], torch.randn(3, 32))
+        assert [d["module"] for d in fxcompress.report(found).passes[-1].details] == ["y"]
+    for option in ("exclude", "only"):
+        with pytest.raises(UsageError, match="tuple of patterns"):
+            Alds(0.5, **{option: "10"})  # type: ignore[arg-type]
+
+
+def test_a_stream_of_calibration_data_is_read_as_often_as_needed() -> None:
+    stream = (batch for batch in [IMAGES, IMAGES + 1])
+    pass_ = Alds(0.3, error="activation", sensitivity=True)
+    _, record = compress(pass_, calibration=stream, verify=False)
+    assert any(d["rank"] is not None for d in record.details)
+
+
+def test_calibration_data_that_are_not_finite() -> None:
+    with pytest.raises(PreconditionError, match="'0' reads on the calibration data is not finite"):
+        compress(Alds(0.3, error="activation"), calibration=[IMAGES * torch.nan])
+
+
+def test_no_random_numbers_are_drawn() -> None:
+    model, layer = network(), nn.Linear(16, 16)
+    before = torch.get_rng_state()
+    compress(Alds(0.3, error="activation"), model, calibration=[IMAGES])
+    seconds_of(layer, [None, Choice(0, 1, 2)], [TensorSpec((3, 16), torch.float32, torch.device("cpu"))])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -94,7 +94,7 @@ class SkeletonRunner(GraphRunner):
             return super().call_module(target, args, kwargs)
         if keeps_shape(module) and override_of(module) is None:
             return torch.empty_like(args[0] if args else next(iter(kwargs.values())), device="meta")
-        if type(module).__module__.startswith("torch.nn.") or type(module) in _OWN_MODULES:
+        if all(_is_known(m) for m in module.modules()):
             args, kwargs = _all_emptied(args, kwargs)
             return self._empty_twin(module)(*args, **kwargs)
         # A module of unknown code may keep what it is given, so it is given nothing that only this run knows.
@@ -121,6 +121,10 @@ class SkeletonRunner(GraphRunner):
     def _device(self) -> torch.device:
         tensors = (*self._graph_module().parameters(), *self._graph_module().buffers())
         return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.") or type(module) in _OWN_MODULES
 
 
 def _is_discrete(t: torch.Tensor) -> bool:
