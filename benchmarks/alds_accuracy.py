@@ -21,15 +21,13 @@ from typing import Any
 
 import publish
 import torch
+from photos import BATCH, HeldOut, compared, draw, logits_of
 from torch import Tensor, fx, nn
 
 import fxcompress
-from fxcompress.demo_inputs import crops, load_model, load_photos
+from fxcompress.demo_inputs import load_model
 from fxcompress.errors import PreconditionError, TraceWarning
 from fxcompress.passes.low_rank import Alds, AldsPlus, LearnedRank, Pca, Svd, SvdEnergy
-
-_UNSEEN = ("coffee", "astronaut", "temple")
-_BATCH = 16
 
 
 def variants(ratio: float) -> dict[str, Alds]:
@@ -57,16 +55,12 @@ def variants(ratio: float) -> dict[str, Alds]:
     return found
 
 
-HeldOut = dict[str, tuple[Tensor, Tensor]]
-"""Images and what the original gives on them."""
-
-
 def measure(graph: fx.GraphModule, pass_: Alds, calibration: Tensor, held_out: HeldOut) -> dict[str, Any]:
     """Decompose ``graph`` and compare; seconds are processor time."""
     start = time.process_time()
     try:
         found = fxcompress.compile(
-            graph, [pass_], calibration[:1], calibration=list(calibration.split(_BATCH)), verify=False
+            graph, [pass_], calibration[:1], calibration=list(calibration.split(BATCH)), verify=False
         )
     except PreconditionError as error:
         return {"error": str(error)}
@@ -75,32 +69,17 @@ def measure(graph: fx.GraphModule, pass_: Alds, calibration: Tensor, held_out: H
     return record | compared(found, held_out) | {"graph": found}
 
 
-def compared(model: nn.Module, held_out: HeldOut) -> dict[str, Any]:
-    """Agreement and error on each kind of held-out crops."""
-    found = {}
-    for name, (images, expected) in held_out.items():
-        logits = _logits(model, images)
-        same = (logits.argmax(1) == expected.argmax(1)).double().mean()
-        found[name] = {"same": float(same), "error": float((logits - expected).norm() / expected.norm())}
-    return found
-
-
 def recovered(model: fx.GraphModule, calibration: Tensor, expected: Tensor, epochs: int) -> nn.Module:
     """``model`` trained to give ``expected`` on the calibration crops; batch norms are folded, so eval mode will do."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for index in torch.randperm(len(calibration), generator=generator).split(_BATCH):
+        for index in torch.randperm(len(calibration), generator=generator).split(BATCH):
             optimizer.zero_grad()
             (model(calibration[index]) - expected[index]).square().mean().backward()
             optimizer.step()
     return model
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(batch) for batch in images.split(_BATCH)])
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -127,13 +106,8 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, photos = load_model(), load_photos()
-    seen = [photo for name, photo in photos.items() if name not in _UNSEEN]
-    calibration = crops(seen, arguments.calibration, seed=0)
-    held_out = {}
-    for name, of in (("seen", seen), ("unseen", [photos[name] for name in _UNSEEN])):
-        images = crops(of, arguments.held_out, seed=1)
-        held_out[name] = images, _logits(model, images)
+    model = load_model()
+    calibration, held_out = draw(model, arguments.calibration, arguments.held_out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TraceWarning)  # about training mode
         graph = fxcompress.compile(model, ["remove-identity", "fold-batch-norm"], calibration[:1])
@@ -147,7 +121,7 @@ def main() -> None:
         best = sorted(good, key=lambda r: -r["seen"]["same"] - r["unseen"]["same"])[:2]
         for r in best if arguments.recover else ():
             start = time.process_time()
-            trained = recovered(r["graph"], calibration, _logits(model, calibration), arguments.recover)
+            trained = recovered(r["graph"], calibration, logits_of(model, calibration), arguments.recover)
             again = {**r, "variant": f"{r['variant']}, recovered", "seconds": time.process_time() - start}
             found.append(again | compared(trained, held_out))
             print(table(found[-1:]).splitlines()[-1], flush=True)

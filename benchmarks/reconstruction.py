@@ -19,17 +19,15 @@ from typing import Any
 
 import publish
 import torch
-from torch import Tensor, fx, nn
+from photos import BATCH, HeldOut, compared, draw
+from torch import Tensor, fx
 
 import fxcompress
-from fxcompress.demo_inputs import crops, load_model, load_photos
+from fxcompress.demo_inputs import load_model
 from fxcompress.errors import TraceWarning
 from fxcompress.pass_base import Pass
 from fxcompress.passes.adapt_batch_norm import AdaptBatchNorm
 from fxcompress.passes.pruning import PruneChannels
-
-_UNSEEN = ("coffee", "astronaut", "temple")
-_BATCH = 16
 
 
 def variants(ratio: float, scope: Any) -> dict[str, list[Pass]]:
@@ -46,25 +44,13 @@ def variants(ratio: float, scope: Any) -> dict[str, list[Pass]]:
     }
 
 
-def measure(
-    graph: fx.GraphModule, passes: list[Pass], calibration: Tensor, held_out: dict[str, tuple[Tensor, Tensor]]
-) -> dict[str, Any]:
+def measure(graph: fx.GraphModule, passes: list[Pass], calibration: Tensor, held_out: HeldOut) -> dict[str, Any]:
     """Compress ``graph`` and compare it with what it gave; seconds are processor time."""
     start = time.process_time()
-    batches = list(calibration.split(_BATCH))
+    batches = list(calibration.split(BATCH))
     found = fxcompress.compile(graph, passes, calibration[:1], calibration=batches, verify=False)
-    record: dict[str, Any] = {"seconds": time.process_time() - start, "removed": fxcompress.report(found).total.cr_f}
-    for name, (images, expected) in held_out.items():
-        logits = _logits(found, images)
-        same = (logits.argmax(1) == expected.argmax(1)).double().mean()
-        error = (logits - expected).norm() / expected.norm()
-        record[name] = {"same": float(same), "error": float(error)}
-    return record
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(batch) for batch in images.split(_BATCH)])
+    record = {"seconds": time.process_time() - start, "removed": fxcompress.report(found).total.cr_f}
+    return record | compared(found, held_out)
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -87,13 +73,8 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, photos = load_model(), load_photos()
-    seen = [photo for name, photo in photos.items() if name not in _UNSEEN]
-    calibration = crops(seen, arguments.calibration, seed=0)
-    held_out = {}
-    for name, of in (("seen", seen), ("unseen", [photos[name] for name in _UNSEEN])):
-        images = crops(of, arguments.held_out, seed=1)
-        held_out[name] = images, _logits(model, images)
+    model = load_model()
+    calibration, held_out = draw(model, arguments.calibration, arguments.held_out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TraceWarning)  # about training mode
         graph = fxcompress.trace(model, calibration[:1])
