@@ -131,9 +131,9 @@ def _check_needs(pass_: Pass, example: Example | None, calibration: Any) -> None
 
 def _read_often(passes: Sequence[Pass], verify: bool) -> bool:
     """Whether the calibration data may be read more than once, so that a generator must be kept in memory."""
-    reads = {p: p.calibration_reads() for p in passes}
+    reads = [(p, p.calibration_reads()) for p in passes]
     measured = verify and any(p.guarantee is Guarantee.APPROXIMATE for p in passes)
-    return measured or sum(reads.values()) > 1 or any(n and (verify or p.repeat) for p, n in reads.items())
+    return measured or sum(n for _, n in reads) > 1 or any(n and (verify or p.repeat) for p, n in reads)
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
