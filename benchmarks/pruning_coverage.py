@@ -167,8 +167,15 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _macs(module: nn.Module, inputs: Inputs) -> int:
-    with FlopCounterMode(display=False) as flops:
-        forward(module, inputs)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)  # the counter fails where a parameter is given to a module as an argument
+        with FlopCounterMode(display=False) as flops:
+            forward(module, inputs)
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
     return int(flops.get_total_flops()) // 2
 
 
