@@ -30,6 +30,7 @@ import numpy as np
 __all__ = ["Allocation", "Options", "Unreachable", "constant_ratio", "least_maximum", "least_sum"]
 
 _STATES = 4000
+_MOST_AT_ONCE = 50 * _STATES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,40 +236,51 @@ def _core(
     lowest = [float((c + multiplier * s).min()) for s, c in zip(sizes, costs, strict=True)]
     gap = value - (math.fsum(lowest) - multiplier * budget) + slack
     reduced = [c + multiplier * s - low for s, c, low in zip(sizes, costs, lowest, strict=True)]
-    open_ = [np.flatnonzero(r <= gap) for r in reduced]
-    order = sorted(range(len(sizes)), key=lambda i: len(open_[i]))
-    rest = np.cumsum([0.0, *(float(sizes[i][open_[i]].min()) for i in reversed(order))])[::-1]  # the least to come
+    near = [np.flatnonzero(r <= gap) for r in reduced]
+    order = sorted(range(len(sizes)), key=lambda i: len(near[i]))
+    rest = np.cumsum([0.0, *(float(sizes[i][near[i]].min()) for i in reversed(order))])[::-1]  # the least to come
     states = np.zeros((1, 3))  # size, cost, reduced cost
     history: list[tuple[np.ndarray, np.ndarray]] = []
     trimmed = False
     for step, i in enumerate(order):
-        options = np.stack([sizes[i][open_[i]], costs[i][open_[i]], reduced[i][open_[i]]], axis=1)
-        if len(states) * len(options) > 50 * _STATES:  # only then can it be too many for memory
-            options_near = np.argsort(options[:, 2], kind="stable")[: max(50 * _STATES // len(states), 1)]
-            trimmed = True
-        else:
-            options_near = np.arange(len(options))
-        grown = (states[:, None] + options[options_near][None]).reshape(-1, 3)
-        parents = np.repeat(np.arange(len(states)), len(options_near))
-        taken = np.tile(open_[i][options_near], len(states))
-        good = np.flatnonzero((grown[:, 2] <= gap) & (grown[:, 0] + rest[step + 1] <= budget))
-        good = good[np.lexsort((grown[good, 1], grown[good, 0]))]
-        best = np.minimum.accumulate(grown[good, 1])
-        keep = np.ones(len(good), dtype=np.bool_)
-        keep[1:] = best[1:] < best[:-1]
-        good = good[keep]
-        if len(good) > _STATES:
-            good = np.sort(good[np.argsort(grown[good, 2], kind="stable")[:_STATES]])
-            trimmed = True
-        states, parents, taken = grown[good], parents[good], taken[good]
-        history.append((parents, taken))
+        options = np.stack([sizes[i], costs[i], reduced[i]], axis=1)[near[i]]
+        states, parents, taken, cut = _grown(states, options, gap, budget - rest[step + 1])
+        trimmed |= cut
+        history.append((parents, near[i][taken]))
         if not len(states):
             return None
     at = int(np.argmin(states[:, 1]))
-    best_value = float(states[at, 1])
-    if not best_value < value and trimmed:
+    best = float(states[at, 1])
+    if not best < value and trimmed:
         return None
     picks = [0] * len(sizes)
-    for i, (parents, taken) in zip(reversed(order), reversed(history), strict=True):
-        picks[i], at = int(taken[at]), int(parents[at])
-    return _Found(picks, 0.0 if trimmed else best_value)
+    for i, (parents, chosen) in zip(reversed(order), reversed(history), strict=True):
+        picks[i], at = int(chosen[at]), int(parents[at])
+    return _Found(picks, 0.0 if trimmed else best)
+
+
+def _grown(
+    states: np.ndarray, options: np.ndarray, gap: float, room: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Every state with every option of one more layer, less those that are too large, too far from the bound, or beaten
+    by another in size and cost.
+
+    Returns:
+        The states by ascending size, for each the state and the option that it comes from, and whether some were
+        dropped only because there are too many.
+    """
+    trimmed = len(states) * len(options) > _MOST_AT_ONCE
+    kept = np.arange(len(options))
+    if trimmed:
+        kept = np.argsort(options[:, 2], kind="stable")[: max(_MOST_AT_ONCE // len(states), 1)]
+    grown = (states[:, None] + options[kept][None]).reshape(-1, 3)
+    good = np.flatnonzero((grown[:, 2] <= gap) & (grown[:, 0] <= room))
+    good = good[np.lexsort((grown[good, 1], grown[good, 0]))]
+    best = np.minimum.accumulate(grown[good, 1])
+    better = np.ones(len(good), dtype=np.bool_)
+    better[1:] = best[1:] < best[:-1]
+    good = good[better]
+    if len(good) > _STATES:
+        good = np.sort(good[np.argsort(grown[good, 2], kind="stable")[:_STATES]])
+        trimmed = True
+    return grown[good], good // len(kept), kept[good % len(kept)], trimmed
