@@ -168,11 +168,12 @@ def _value(picks: Sequence[int], costs: Sequence[np.ndarray]) -> float:
 
 def _hull(size: np.ndarray, cost: np.ndarray) -> list[int]:
     """The lower convex hull of points of ascending size and descending cost."""
+    x, y = size.tolist(), cost.tolist()  # several times as fast to index
     hull: list[int] = []
-    for i in range(len(size)):
+    for i in range(len(x)):
         while len(hull) > 1:
             a, b = hull[-2:]
-            if (cost[b] - cost[a]) * (size[i] - size[a]) < (cost[i] - cost[a]) * (size[b] - size[a]):
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
                 break
             hull.pop()
         hull.append(i)
