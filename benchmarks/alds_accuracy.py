@@ -21,7 +21,7 @@ from typing import Any
 
 import publish
 import torch
-from photos import BATCH, HeldOut, compared, draw, logits_of
+from photos import BATCH, HeldOut, cells, compared, draw, logits_of
 from torch import Tensor, fx, nn
 
 import fxcompress
@@ -89,9 +89,7 @@ def table(records: list[dict[str, Any]]) -> str:
         if "error" in r:
             rows.append([r["variant"], f"{100 * r['ratio']:.0f}%", "refused", *[""] * 6])
             continue
-        scores = [f"{100 * r[k]['same']:.0f}%" for k in ("seen", "unseen")]
-        scores += [f"{r[k]['error']:.2f}" for k in ("seen", "unseen")]
-        rows.append([r["variant"], f"{100 * r['ratio']:.0f}%", f"{r['cr_p']:.1f}%", f"{r['cr_f']:.1f}%", *scores])
+        rows.append([r["variant"], f"{100 * r['ratio']:.0f}%", f"{r['cr_p']:.1f}%", f"{r['cr_f']:.1f}%", *cells(r)])
         rows[-1].append(f"{r['seconds']:.0f}")
     headers = ["error, solver", "asked", "CR-P", "CR-F", "same class", "other photos", "error", "other photos", "s"]
     return publish.markdown(rows, headers)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fxcompress.demo_inputs import crops, load_photos
 
-__all__ = ["BATCH", "HeldOut", "compared", "draw", "logits_of"]
+__all__ = ["BATCH", "HeldOut", "cells", "compared", "draw", "logits_of"]
 
 BATCH = 16
 _UNSEEN = ("coffee", "astronaut", "temple")
@@ -38,6 +38,12 @@ def compared(model: nn.Module, held_out: HeldOut) -> dict[str, Any]:
         same = (logits.argmax(1) == expected.argmax(1)).double().mean()
         found[name] = {"same": float(same), "error": float((logits - expected).norm() / expected.norm())}
     return found
+
+
+def cells(record: dict[str, Any]) -> list[str]:
+    """For a table: the shares of a record that has what :func:`compared` gave, then the errors."""
+    shares = [f"{100 * record[k]['same']:.0f}%" for k in ("seen", "unseen")]
+    return shares + [f"{record[k]['error']:.2f}" for k in ("seen", "unseen")]
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 
 import publish
 import torch
-from photos import BATCH, HeldOut, compared, draw
+from photos import BATCH, HeldOut, cells, compared, draw
 from torch import Tensor, fx
 
 import fxcompress
@@ -57,9 +57,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """A row for each ratio and variant."""
     rows = []
     for r in records:
-        scores = [f"{100 * r[k]['same']:.0f}%" for k in ("seen", "unseen")]
-        scores += [f"{r[k]['error']:.2f}" for k in ("seen", "unseen")]
-        rows.append([r["variant"], f"{r['removed']:.1f}%", *scores, f"{r['seconds']:.0f}"])
+        rows.append([r["variant"], f"{r['removed']:.1f}%", *cells(r), f"{r['seconds']:.0f}"])
     headers = ["after pruning", "MACs removed", "same class", "other photos", "error", "other photos", "s"]
     return publish.markdown(rows, headers)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 from torch import fx, nn
@@ -15,6 +16,7 @@ __all__ = [
     "argument",
     "called",
     "check_patterns",
+    "check_patterns_match",
     "describe",
     "is_call",
     "is_torch_call",
@@ -86,6 +88,18 @@ def matches_path(path: str, pattern: str) -> bool:
     """Whether the glob ``pattern`` matches the dotted ``path`` of a module, or that of a module that it lies in."""
     parts = path.split(".")
     return any(fnmatch.fnmatch(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+
+
+def check_patterns_match(patterns: Iterable[str], paths: Collection[str]) -> None:
+    """Refuse a pattern that matches no path.
+
+    Raises:
+        UsageError: one does not; the message has the nearest paths.
+    """
+    for pattern in patterns:
+        if not any(matches_path(path, pattern) for path in paths):
+            near = difflib.get_close_matches(pattern, sorted(paths), n=3, cutoff=0.0)
+            raise UsageError(f"no module path matches {pattern!r}; near it: {', '.join(near)}")
 
 
 def check_patterns(**options: object) -> None:

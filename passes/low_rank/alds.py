@@ -22,7 +22,7 @@ from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.calibration import check_batch
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.matching import check_patterns, matches_path
+from fxcompress.matching import check_patterns, check_patterns_match
 from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import ERRORS, Activation, ErrorMeasure
@@ -133,7 +133,8 @@ class Alds(Pass):
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`: one site for each layer that could be decomposed, whether it is or not."""
         survey = Survey(context)
-        self._check_patterns(survey)
+        known = {path for c in survey.candidates for path in c.paths} | {str(r.node.target) for r in survey.refusals}
+        check_patterns_match((*self.exclude, *self.only), known)
         wanted = [c for c in survey.candidates if self._is_wanted(c)]
         moments = [self._moments(context, c) for c in wanted]
         tables = [self._table(context, c, of) for c, of in zip(wanted, moments, strict=True)]
@@ -164,14 +165,6 @@ class Alds(Pass):
         if any(candidate.matches(pattern) for pattern in self.exclude):
             return False
         return not self.only or any(candidate.matches(pattern) for pattern in self.only)
-
-    def _check_patterns(self, survey: Survey) -> None:
-        known = [path for c in survey.candidates for path in c.paths]
-        known += [str(r.node.target) for r in survey.refusals]
-        for pattern in (*self.exclude, *self.only):
-            if not any(matches_path(path, pattern) for path in known):
-                near = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.0)
-                raise UsageError(f"no path of a layer matches {pattern!r}; near it: {', '.join(near)}")
 
     # ------------------------------------------------------------------------------------------------- choices
     def _moments(self, context: PassContext, candidate: Candidate) -> dict[int, Moments]:

@@ -18,7 +18,7 @@ import numpy as np
 from fxcompress.analysis.channels import ChannelGroups, Group, channel_groups
 from fxcompress.analysis.cost import cost
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.matching import check_patterns, matches_path
+from fxcompress.matching import check_patterns, check_patterns_match, matches_path
 from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
 from fxcompress.passes.pruning.budget import Budget
 from fxcompress.passes.pruning.importance import IMPORTANCES, Importance
@@ -127,10 +127,7 @@ class PruneChannels(Pass):
     # ------------------------------------------------------------------------------------------------- choices
     def _chosen(self, groups: ChannelGroups) -> list[Group]:
         makers = {path for g in groups.groups for path in g.producers} | {f.module for f in groups.frozen}
-        for pattern in (*self.exclude, *self.only, *self.per_layer):
-            if not any(matches_path(path, pattern) for path in makers):
-                near = difflib.get_close_matches(pattern, sorted(makers), n=3, cutoff=0.0)
-                raise UsageError(f"no module path matches {pattern!r}; near it: {', '.join(near)}")
+        check_patterns_match((*self.exclude, *self.only, *self.per_layer), makers)
         return [
             g for g in groups.groups
             if not _matches(g, self.exclude) and (not self.only or _matches(g, self.only))

@@ -9,7 +9,7 @@ forward pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,9 @@ class SkeletonRunner(GraphRunner):
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().placeholder(target, args, kwargs)
-        return value if self.values else _map_tensors(value, lambda t: t if _is_discrete(t) else _emptied(t))
+        if self.values:
+            return value
+        return pytree.tree_map_only(torch.Tensor, lambda t: t if _is_discrete(t) else _emptied(t), value)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -144,10 +146,6 @@ def _all_emptied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, A
         return torch.device("meta") if isinstance(value, torch.device) else value
 
     return pytree.tree_map(empty, (tuple(args), dict(kwargs)))  # type: ignore[no-any-return]
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return pytree.tree_map_only(torch.Tensor, change, value)
 
 
 def _any_meta(value: Any) -> bool:
