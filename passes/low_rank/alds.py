@@ -28,7 +28,7 @@ from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_r
 from fxcompress.passes.low_rank.errors import ERRORS, Activation, ErrorMeasure
 from fxcompress.passes.low_rank.folding import SCHEMES, Folding
 from fxcompress.passes.low_rank.layers import Candidate, Replacement, Survey
-from fxcompress.passes.low_rank.moments import Moments, MomentsObserver, observable
+from fxcompress.passes.low_rank.moments import Moments, MomentsObserver, unobservable
 from fxcompress.passes.low_rank.sensitivity import MIDDLING, sensitivities
 from fxcompress.passes.low_rank.tables import Table, table_of
 from fxcompress.passes.low_rank.timing import seconds_of, worth_timing
@@ -125,7 +125,7 @@ class Alds(Pass):
         for candidate in filter(self._is_wanted, Survey(context).candidates):
             folding = Folding.of(candidate.layer)
             for scheme in folding.distinct(self.schemes):
-                if observable(candidate.layer, folding, scheme):
+                if unobservable(candidate.layer, folding, scheme) is None:
                     for source in candidate.unwritten_sources(memory):
                         observer = partial(MomentsObserver, candidate.layer, scheme)
                         yield Observation(source, _key(candidate, scheme), observer)

@@ -34,7 +34,7 @@ from torch.nn.utils import skip_init
 
 from fxcompress.modules import GroupedLinear
 
-__all__ = ["LAYERS", "SCHEMES", "Choice", "Folding", "Layer"]
+__all__ = ["LAYERS", "SCHEMES", "Choice", "Folding", "Layer", "slices_of"]
 
 Layer: TypeAlias = (
     nn.Linear
@@ -248,6 +248,13 @@ class Folding:
         if not isinstance(module, _TRANSPOSED):
             weight = weight.transpose(1, 2)
         return weight.flatten(0, 1)
+
+
+def slices_of(second: Tensor, slices: int) -> Tensor:
+    """The blocks along the diagonal of ``(groups, n, n)``, of shape ``(groups * slices, n / slices, n / slices)``."""
+    groups, size, _ = second.shape
+    blocks = second.reshape(groups, slices, size // slices, slices, size // slices)
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
 
 
 def _made(kind: type[nn.Module], *args: Any, **options: Any) -> nn.Module:

@@ -13,8 +13,8 @@ from fxcompress import editing, matching
 from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.pass_base import PassContext, Refusal
-from fxcompress.passes.low_rank.folding import LAYERS, Choice, Folding, Layer
-from fxcompress.passes.low_rank.moments import Moments, slices_of, takes_up_mean
+from fxcompress.passes.low_rank.folding import LAYERS, Choice, Folding, Layer, slices_of
+from fxcompress.passes.low_rank.moments import Moments, takes_up_mean
 from fxcompress.passes.low_rank.spectra import factors
 from fxcompress.passes.low_rank.tables import Places, between
 

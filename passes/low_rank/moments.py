@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from fxcompress.analysis.patches import READABLE, output_places, rows_at
 from fxcompress.passes.low_rank.folding import Folding, Layer
 
-__all__ = ["Moments", "MomentsObserver", "observable", "slices_of", "takes_up_mean"]
+__all__ = ["Moments", "MomentsObserver", "takes_up_mean", "unobservable"]
 
 _CONSTANT = 1e-12
 """A variance of no more than this part of the mean square is rounding."""
+_LARGEST = 2**27
+"""A second moment has at most as many elements: 1 GiB, 11,585 columns."""
 _PLACES = 64
 """Of each sample as many places are looked at, drawn from a fixed seed."""
 
@@ -100,16 +102,15 @@ def takes_up_mean(layer: Layer) -> bool:
     return layer.bias is not None and not getattr(layer, "transposed", False)
 
 
-def observable(layer: Layer, folding: Folding, scheme: int) -> bool:
-    """Whether what the encoder reads can be written as rows: not under the taps of a transposed convolution."""
-    return isinstance(layer, READABLE) or folding.taps(scheme)[0] == 1
-
-
-def slices_of(second: Tensor, slices: int) -> Tensor:
-    """The blocks along the diagonal of ``(groups, n, n)``, of shape ``(groups * slices, n / slices, n / slices)``."""
-    groups, size, _ = second.shape
-    blocks = second.reshape(groups, slices, size // slices, slices, size // slices)
-    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+def unobservable(layer: Layer, folding: Folding, scheme: int) -> str | None:
+    """Why no moments are taken of what the encoder reads: under the taps of a transposed convolution it cannot be
+    written as rows, and where there are very many columns their moment would not fit (and its roots take minutes)."""
+    if not isinstance(layer, READABLE) and folding.taps(scheme)[0] > 1:
+        return "a transposed kernel"
+    columns = folding.shape(scheme, 1)[1]
+    if folding.groups * columns**2 > _LARGEST:
+        return f"a second moment of {columns} inputs is too large"
+    return None
 
 
 class MomentsObserver:
@@ -117,7 +118,7 @@ class MomentsObserver:
 
     Args:
         layer: the layer.
-        scheme: how it is folded; :func:`observable` holds.
+        scheme: how it is folded; :func:`unobservable` is ``None``.
     """
 
     def __init__(self, layer: Layer, scheme: int) -> None:
@@ -125,7 +126,7 @@ class MomentsObserver:
         nothing = torch.zeros(folding.groups, folding.outputs * folding.taps(scheme)[1], 1, dtype=torch.float64)
         empty = torch.zeros(folding.groups, 1, folding.inputs * folding.taps(scheme)[0], dtype=torch.float64)
         encoder = folding.pair(layer, scheme, nothing, empty, None)[0]
-        assert isinstance(encoder, READABLE), "observable() holds, and there is one slice"
+        assert isinstance(encoder, READABLE), "unobservable() is None, and there is one slice"
         self._encoder = encoder
         self._generator = torch.Generator().manual_seed(0)
         self._count = 0

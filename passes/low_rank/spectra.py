@@ -1,9 +1,10 @@
 """Squared singular values of the slices of a layer, for every scheme and every number of slices.
 
-They are the eigenvalues of the Gram matrix on the smaller side of a slice, worked out for all slices at once, in
-float64. With eps the machine epsilon, an eigenvalue is off by about eps times the largest one, a singular value so by
-at most sqrt(eps) = 1.5e-8 times the largest: far less than the errors that are compared, and many times as fast as a
-singular value decomposition. Factors, for the few candidates that are chosen, are worked out in the same way.
+They are the eigenvalues of the Gram matrix on the smaller side of a slice, for all slices at once, in float64, from
+products that all numbers of slices share. With eps the machine epsilon, an eigenvalue is off by about eps times the
+largest one, a singular value so by at most sqrt(eps) = 1.5e-8 times the largest: far less than the errors that are
+compared, and many times as fast as a singular value decomposition. Factors, for the few candidates that are chosen,
+are worked out in the same way.
 
 With second moments of the inputs, ``C = E[x x']`` of what the columns of the folded weight read, the singular values
 are those of ``W_i C_i^(1/2)``, whose squares are what a slice contributes to the mean square of the output.
@@ -12,13 +13,14 @@ are those of ``W_i C_i^(1/2)``, whose squares are what a slice contributes to th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fxcompress.passes.low_rank.folding import Folding, Layer
+from fxcompress.passes.low_rank.folding import Folding, Layer, slices_of
 
-__all__ = ["Spectrum", "factors", "spectrum"]
+__all__ = ["Spectrum", "factors", "spectra"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,18 +42,69 @@ class Spectrum:
         return self.squares.shape[1]
 
 
-def spectrum(layer: Layer, folding: Folding, scheme: int, slices: int, moment: Tensor | None = None) -> Spectrum:
-    """The squared singular values of each slice.
+def spectra(
+    layer: Layer, folding: Folding, scheme: int, numbers: Sequence[int], weighting: Tensor | None = None
+) -> Iterator[Spectrum]:
+    """The squared singular values for each number of slices.
 
     Args:
         layer: the layer.
         folding: of that layer.
         scheme: how it is folded.
-        slices: into how many it is cut.
-        moment: for each slice the second moment of what it reads, ``(groups * slices, columns, columns)``.
+        numbers: of slices.
+        weighting: the second moment of what it reads, ``(groups, columns, columns)``.
     """
-    gram, _ = _gram(folding.matrices(layer, scheme, slices), moment)
-    return Spectrum(scheme, slices, torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0))
+    grams = _Grams(layer, folding, scheme, numbers)
+    for k in numbers:
+        if weighting is None:
+            gram = grams.at(k)
+        elif grams.by_rows(k):
+            w = folding.matrices(layer, scheme, k)
+            gram = w @ slices_of(weighting, k) @ w.mT
+        else:  # the eigenvalues of root' G root do not depend on which root it is
+            root = _any_root(slices_of(weighting, k))
+            gram = root.mT @ grams.at(k) @ root
+        yield Spectrum(scheme, k, torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0))
+
+
+class _Grams:
+    """The Gram matrices of the slices on the smaller side, worked out once for several numbers of slices.
+
+    On the side of the rows those of a slice are the sum of those of its parts, on the side of the columns those of a
+    part are a block of its slice's. So products are made for the finest cut of the former and the coarsest of the
+    latter; either holds no more elements than the weight.
+    """
+
+    def __init__(self, layer: Layer, folding: Folding, scheme: int, numbers: Sequence[int]) -> None:
+        self._layer, self._folding, self._scheme, self._numbers = layer, folding, scheme, numbers
+        self._known: dict[int, Tensor] = {}
+
+    def by_rows(self, slices: int) -> bool:
+        """Whether a slice has no more rows than columns."""
+        rows, columns = self._folding.shape(self._scheme, slices)
+        return rows <= columns
+
+    def at(self, slices: int) -> Tensor:
+        """Those of ``slices``, of shape ``(groups * slices, side, side)``."""
+        rows = self.by_rows(slices)
+        others = [k for k in self._numbers if self.by_rows(k) == rows and (k % slices if rows else slices % k) == 0]
+        source = next((k for k in self._known if k in others), max(others) if rows else min(others))
+        if source not in self._known:
+            self._known[source] = self._product(source, rows)
+        gram = self._known[source]
+        if rows:
+            return gram.reshape(-1, source // slices, *gram.shape[1:]).sum(1)
+        return slices_of(gram, slices // source)
+
+    def _product(self, slices: int, rows: bool) -> Tensor:
+        w = self._folding.matrices(self._layer, self._scheme, slices)
+        return w @ w.mT if rows else w.mT @ w
+
+
+def _any_root(moment: Tensor) -> Tensor:
+    """``R`` with ``R R' = moment``: by Cholesky where that is regular, as it nearly always is."""
+    root, failed = torch.linalg.cholesky_ex(moment)
+    return _root(moment) if bool(failed.any()) else root
 
 
 def _gram(w: Tensor, moment: Tensor | None) -> tuple[Tensor, bool]:

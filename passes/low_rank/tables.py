@@ -13,8 +13,8 @@ from torch import Tensor
 from fxcompress.errors import PreconditionError
 from fxcompress.passes.low_rank.errors import ErrorMeasure, Scale
 from fxcompress.passes.low_rank.folding import Choice, Folding, Layer
-from fxcompress.passes.low_rank.moments import observable, slices_of
-from fxcompress.passes.low_rank.spectra import spectrum
+from fxcompress.passes.low_rank.moments import unobservable
+from fxcompress.passes.low_rank.spectra import spectra
 
 __all__ = ["Places", "Table", "between", "table_of"]
 
@@ -121,22 +121,22 @@ def table_of(
         weighting = weightings.get(scheme)
         if measure.needs_data and weighting is None:
             unseen = "calibration never reaches it, or does not vary there, or it is overwritten before"
-            reason = unseen if observable(layer, folding, scheme) else "a transposed kernel"
+            reason = unobservable(layer, folding, scheme) or unseen
             notes.append(f"scheme {scheme}: plain error instead of {measure.name!r}, {reason}")
-        whole = None
-        for k in folding.all_slices():
-            ranks = _paying(folding, places, scheme, k, by)
-            if not len(ranks) or not slices(k):
-                continue
-            if whole is None:
-                whole = spectrum(layer, folding, scheme, 1, weighting)
-                scale = Scale.of(whole)
-            block = None if weighting is None else slices_of(weighting, k)
-            spectral = whole if k == 1 else spectrum(layer, folding, scheme, k, block)
+        paying = {k: _paying(folding, places, scheme, k, by) for k in folding.all_slices() if slices(k)}
+        paying = {k: ranks for k, ranks in paying.items() if len(ranks)}
+        if not paying:
+            continue
+        scale = None
+        for spectral in spectra(layer, folding, scheme, [1, *(k for k in paying if k > 1)], weighting):
+            scale = scale or Scale.of(spectral)
+            k = spectral.slices
+            ranks = paying.get(k, np.zeros(0, dtype=np.int64))
             ranks = ranks[ranks <= spectral.rank]
             if measure.ranks is not None and k > 1 and len(ranks) > measure.ranks:
                 ranks = np.unique(np.linspace(ranks[0], ranks[-1], measure.ranks).round().astype(np.int64))
-            parts.append((scheme, k, ranks, measure.curve(layer, folding, spectral, ranks, scale)))
+            if len(ranks):
+                parts.append((scheme, k, ranks, measure.curve(layer, folding, spectral, ranks, scale)))
     return _assembled(folding, places, parts, tuple(notes))
 
 

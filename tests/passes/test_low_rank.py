@@ -23,9 +23,9 @@ from fxcompress.modules import GroupedLinear
 from fxcompress.passes.low_rank import ERRORS, Alds, AldsPlus, alds, plot_ranks
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import Scale
-from fxcompress.passes.low_rank.folding import SCHEMES, Choice, Folding, Layer
-from fxcompress.passes.low_rank.moments import MomentsObserver, slices_of
-from fxcompress.passes.low_rank.spectra import factors, spectrum
+from fxcompress.passes.low_rank.folding import SCHEMES, Choice, Folding, Layer, slices_of
+from fxcompress.passes.low_rank.moments import MomentsObserver
+from fxcompress.passes.low_rank.spectra import factors, spectra
 from fxcompress.passes.low_rank.timing import seconds_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -95,7 +95,8 @@ def test_what_a_rank_leaves_out_is_the_tail_of_the_spectrum(
     layer, _ = layer_and_input
     folding = Folding.of(layer)
     scheme, slices = data.draw(st.sampled_from(SCHEMES)), data.draw(st.sampled_from(folding.all_slices()))
-    found = spectrum(layer, folding, scheme, slices)
+    numbers = folding.all_slices()  # which share products
+    found = list(spectra(layer, folding, scheme, numbers))[numbers.index(slices)]
     rank = data.draw(st.integers(1, found.rank))
     left, right = factors(layer, folding, scheme, slices, rank)
     matrices = folding.matrices(layer, scheme, slices)
@@ -164,11 +165,12 @@ def test_measures_by_definition(layer_and_input: tuple[Layer, Tensor], data: st.
     layer, _ = layer_and_input
     folding = Folding.of(layer)
     scheme, slices = data.draw(st.sampled_from(SCHEMES)), data.draw(st.sampled_from(folding.all_slices()))
-    found, scale = spectrum(layer, folding, scheme, slices), Scale.of(spectrum(layer, folding, scheme, 1))
+    whole, found = spectra(layer, folding, scheme, [1, slices])
+    scale = Scale.of(whole)
     ranks = np.arange(1, found.rank + 1)
     curves = {name: m().curve(layer, folding, found, ranks, scale) for name, m in ERRORS.items()}
-    whole = folding.matrices(layer, scheme, 1)
-    largest = float(torch.linalg.matrix_norm(whole, 2).max())
+    matrix = folding.matrices(layer, scheme, 1)
+    largest = float(torch.linalg.matrix_norm(matrix, 2).max())
     for i, rank in enumerate(ranks.tolist()):
         left, right = factors(layer, folding, scheme, slices, rank)
         missing = folding.matrices(layer, scheme, slices) - left @ right
@@ -181,10 +183,27 @@ def test_measures_by_definition(layer_and_input: tuple[Layer, Tensor], data: st.
             float(torch.linalg.matrix_norm(missing, 2).max()) / largest, **close
         )
         assert curves["bound"][i] == pytest.approx(math.sqrt(slices) * curves["operator"][i], **close)
-        assert curves["frobenius"][i] == pytest.approx(float(missing.norm() / whole.norm()), **close)
+        assert curves["frobenius"][i] == pytest.approx(float(missing.norm() / matrix.norm()), **close)
         assert curves["operator"][i] <= curves["residual"][i] + 1e-7 <= curves["bound"][i] + 2e-7
     for curve in curves.values():
         assert (np.diff(curve) <= 1e-12).all()
+
+
+@given(layer_and_input=layers(transposed=False), data=st.data(), regular=st.booleans())
+def test_weighted_spectra_are_those_of_weight_times_root(
+    layer_and_input: tuple[Layer, Tensor], data: st.DataObject, regular: bool
+) -> None:
+    layer, _ = layer_and_input
+    folding = Folding.of(layer)
+    scheme = data.draw(st.sampled_from(SCHEMES))
+    columns = folding.shape(scheme, 1)[1]
+    rows = torch.randn(folding.groups, columns + 3 if regular else 1, columns, dtype=torch.float64)
+    second = rows.mT @ rows / rows.shape[1]
+    for found in spectra(layer, folding, scheme, folding.all_slices(), second):
+        values, vectors = torch.linalg.eigh(slices_of(second, found.slices))
+        root = vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.mT
+        exact = torch.linalg.svdvals(folding.matrices(layer, scheme, found.slices) @ root).square()
+        assert torch.allclose(found.squares, exact, rtol=0, atol=1e-11 * float(exact.max()))
 
 
 @given(layer_and_input=layers(transposed=False), data=st.data())
@@ -207,7 +226,7 @@ def test_activation_error_is_that_of_the_output(layer_and_input: tuple[Layer, Te
         return
     observer.update(x)
     second = observer.result().second
-    found = spectrum(layer, folding, 0, 1, second)
+    (found,) = spectra(layer, folding, 0, [1], second)
     rank = data.draw(st.integers(1, found.rank))
     left, right = factors(layer, folding, 0, 1, rank, second)
     encoder, decoder = folding.pair(layer, 0, left, right, None)
@@ -547,6 +566,14 @@ def test_the_mean_is_no_worse_than_without_data_in_transposed_convolutions(strid
         found = fxcompress.compile(nn.Sequential(layer), [pass_], x, calibration=[x])
         errors[error] = float((found(x) - layer(x)).norm() / layer(x).norm())
     assert errors["activation"] < errors["frobenius"]
+
+
+def test_no_second_moment_of_very_many_inputs() -> None:
+    model, data = nn.Sequential(nn.Linear(12000, 8), nn.Linear(8, 8)).eval(), torch.randn(4, 12000)
+    found = fxcompress.compile(model, [Alds(ratio=0.5, error="activation")], data, calibration=[data])
+    (record,) = fxcompress.report(found).passes
+    assert "second moment of 12000 inputs is too large" in record.details[0]["notes"][0]
+    assert record.details[0]["rank"]
 
 
 def test_data_that_do_not_vary_are_not_used() -> None:
