@@ -97,6 +97,11 @@ class Memory:
         found = (node for node, of in self._writes if first < self._position[node] < last and self._root(of) is root)
         return next(found, None)
 
+    def writer_after(self, value: fx.Node) -> fx.Node | None:
+        """The last node that may write to ``value`` after it was made."""
+        writer = self._last_writer.get(self._root(value))
+        return writer if writer is not None and self._position[writer] > self._position[value] else None
+
     def _is_dense(self, node: fx.Node) -> bool:
         """Whether a tensor surely has neither gaps nor overlaps: newly made, or rearranged from one that was."""
         source = matching.tensor_input(node)
@@ -134,6 +139,8 @@ class Memory:
             return False
         if node.op == "call_module":
             return _is_fresh_module(self._gm.get_submodule(str(node.target)))
+        if isinstance(node.target, torch._ops.OpOverload):  # whose schema says what is shared
+            return all(returned.alias_info is None for returned in node.target._schema.returns)
         if node.op == "call_function" and node.target is getattr:
             return node.args[1] in ("shape", "dtype", "device", "ndim")
         sure = node.op == "call_method" or getattr(node.target, "__module__", "") not in ("_operator", "operator")

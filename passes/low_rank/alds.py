@@ -162,9 +162,7 @@ class Alds(Pass):
         return measure.shrinkage if isinstance(measure, Activation) else 0.0
 
     def _is_wanted(self, candidate: Candidate) -> bool:
-        if any(candidate.matches(pattern) for pattern in self.exclude):
-            return False
-        return not self.only or any(candidate.matches(pattern) for pattern in self.only)
+        return candidate.is_wanted(self.exclude, self.only)
 
     # ------------------------------------------------------------------------------------------------- choices
     def _moments(self, context: PassContext, candidate: Candidate) -> dict[int, Moments]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress import editing, matching
-from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
-from fxcompress.pass_base import PassContext, Refusal
+from fxcompress.layers import CalledLayer, called_layers
+from fxcompress.pass_base import PassContext
 from fxcompress.passes.low_rank.folding import LAYERS, Choice, Folding, Layer, slices_of
 from fxcompress.passes.low_rank.moments import Moments, takes_up_mean
 from fxcompress.passes.low_rank.spectra import factors
@@ -22,28 +22,8 @@ __all__ = ["Candidate", "Replacement", "Survey"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Candidate:
-    """A layer, its path (of the first call), all of its paths, and every node that calls it."""
-
-    path: str
-    paths: tuple[str, ...]
-    layer: Layer
-    calls: tuple[fx.Node, ...]
-
-    @property
-    def sources(self) -> tuple[fx.Node, ...]:
-        """What each call reads."""
-        found = tuple(matching.tensor_input(call) for call in self.calls)
-        return tuple(source for source in found if source is not None)
-
-    def matches(self, pattern: str) -> bool:
-        """Whether a glob pattern matches any of its paths."""
-        return any(matching.matches_path(path, pattern) for path in self.paths)
-
-    def unwritten_sources(self, memory: Memory) -> list[fx.Node]:
-        """What calls read and nothing writes to in place before they do: they read what it was when it was made."""
-        pairs = zip(self.sources, self.calls, strict=True)
-        return [source for source, call in pairs if memory.writer_between(source, call) is None]
+class Candidate(CalledLayer[Layer]):
+    """A layer and how often its weights are used."""
 
     def inputs(self, context: PassContext) -> list[TensorSpec]:
         """Shape and dtype of the input of each call."""
@@ -69,46 +49,9 @@ class Survey:
     """The layers of a graph, and what looks like one and is refused."""
 
     def __init__(self, context: PassContext) -> None:
-        self.candidates: list[Candidate] = []
-        self.refusals: list[Refusal] = []
-        seen: set[int] = set()
-        for node in context.gm.graph.nodes:
-            if matching.is_call(node, _FUNCTIONS):
-                reason = "called as a function; tracing with example inputs makes it a module"
-                self.refusals.append(Refusal(node, reason))
-            module = context.module(node)
-            if not isinstance(module, LAYERS) or id(module) in seen:
-                continue
-            seen.add(id(module))
-            calls = context.aliasing.calls(module)
-            if obstacle := _obstacle(context, module, calls):
-                self.refusals.append(Refusal(node, obstacle))
-            else:
-                paths = context.aliasing.paths(module)
-                self.candidates.append(Candidate(str(node.target), paths, module, calls))  # type: ignore[arg-type]
-
-
-_FUNCTIONS = ("linear", *(f"conv{t}{i}d" for t in ("", "_transpose") for i in (1, 2, 3)))
-
-
-def _obstacle(context: PassContext, layer: nn.Module, calls: tuple[fx.Node, ...]) -> str | None:
-    """Why ``layer`` cannot be replaced by a pair."""
-    if reason := matching.override_of(layer):
-        return reason
-    if type(layer) not in LAYERS:
-        return f"a {type(layer).__name__} is a subclass that may compute something else"
-    weight = layer.weight
-    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not weight.is_floating_point():
-        return f"has a weight of type {type(weight).__name__}, dtype {weight.dtype}, layout {weight.layout}"
-    for name, parameter in layer.named_parameters():
-        own = {f"{path}.{name}" for path in context.aliasing.paths(layer)}
-        elsewhere = [other for other in context.aliasing.names(parameter) if other not in own]
-        elsewhere += [f"node {n}" for n in context.aliasing.readers(parameter) if n not in calls]
-        if elsewhere:
-            return f"has a {name} that is tied or read elsewhere ({', '.join(elsewhere)})"
-    if any(len(call.args) + len(call.kwargs) != 1 or matching.tensor_input(call) is None for call in calls):
-        return "is called with other than one tensor"
-    return None
+        found, refused = called_layers(context, LAYERS)
+        self.candidates = [Candidate(c.path, c.paths, c.layer, c.calls) for c in found]  # type: ignore[arg-type]
+        self.refusals = [refusal for refusal, _ in refused]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,99 @@
+"""The layers of a graph whose weights a pass may replace, each with every call of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import fx, nn
+
+from fxcompress import matching
+from fxcompress.analysis.memory import Memory
+from fxcompress.pass_base import PassContext, Refusal
+
+__all__ = ["CalledLayer", "called_layers"]
+
+L = TypeVar("L", bound=nn.Module)
+
+_FUNCTIONS = ("linear", *(f"conv{t}{i}d" for t in ("", "_transpose") for i in (1, 2, 3)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CalledLayer(Generic[L]):
+    """A layer, its path (of the first call), all of its paths, and every node that calls it."""
+
+    path: str
+    paths: tuple[str, ...]
+    layer: L
+    calls: tuple[fx.Node, ...]
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """What each call reads."""
+        found = tuple(matching.tensor_input(call) for call in self.calls)
+        return tuple(source for source in found if source is not None)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob pattern matches any of its paths."""
+        return any(matching.matches_path(path, pattern) for path in self.paths)
+
+    def is_wanted(self, exclude: Sequence[str], only: Sequence[str]) -> bool:
+        """Whether patterns to exclude, and those to take alone if there are any, let it be replaced."""
+        if any(self.matches(pattern) for pattern in exclude):
+            return False
+        return not only or any(self.matches(pattern) for pattern in only)
+
+    def unwritten_sources(self, memory: Memory) -> list[fx.Node]:
+        """What calls read and nothing writes to in place before they do: they read what it was when it was made."""
+        pairs = zip(self.sources, self.calls, strict=True)
+        return [source for source, call in pairs if memory.writer_between(source, call) is None]
+
+
+def called_layers(
+    context: PassContext, types: tuple[type[L], ...]
+) -> tuple[list[CalledLayer[L]], list[tuple[Refusal, tuple[str, ...]]]]:
+    """The layers of exactly one of ``types`` that could be replaced, in graph order; and what looks like one and could
+    not, with its paths: subclasses, layers with hooks or with weights that are tied, read elsewhere or not plain real
+    numbers, calls with other than one tensor, and calls of functions."""
+    found: list[CalledLayer[L]] = []
+    refusals: list[tuple[Refusal, tuple[str, ...]]] = []
+    seen: set[int] = set()
+    for node in context.gm.graph.nodes:
+        if matching.is_call(node, _FUNCTIONS):
+            reason = "called as a function; tracing with example inputs makes it a module"
+            refusals.append((Refusal(node, reason), ()))
+        module = context.module(node)
+        if not isinstance(module, types) or id(module) in seen:
+            continue
+        seen.add(id(module))
+        calls, paths = context.aliasing.calls(module), context.aliasing.paths(module)
+        if obstacle := _obstacle(context, module, calls, types):
+            refusals.append((Refusal(node, obstacle), paths))
+        else:
+            found.append(CalledLayer(str(node.target), paths, module, calls))
+    return found, refusals
+
+
+def _obstacle(
+    context: PassContext, layer: nn.Module, calls: tuple[fx.Node, ...], types: tuple[type[nn.Module], ...]
+) -> str | None:
+    """Why ``layer`` cannot be replaced."""
+    if reason := matching.override_of(layer):
+        return reason
+    if type(layer) not in types:
+        return f"a {type(layer).__name__} is a subclass that may compute something else"
+    weight = layer.weight
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not weight.is_floating_point():
+        kind = f"dtype {weight.dtype}, layout {weight.layout}" if isinstance(weight, torch.Tensor) else "no tensor"
+        return f"has a weight of type {type(weight).__name__}, {kind}"
+    for name, parameter in layer.named_parameters():
+        own = {f"{path}.{name}" for path in context.aliasing.paths(layer)}
+        elsewhere = [other for other in context.aliasing.names(parameter) if other not in own]
+        elsewhere += [f"node {n}" for n in context.aliasing.readers(parameter) if n not in calls]
+        if elsewhere:
+            return f"has a {name} that is tied or read elsewhere ({', '.join(elsewhere)})"
+    if any(len(call.args) + len(call.kwargs) != 1 or matching.tensor_input(call) is None for call in calls):
+        return "is called with other than one tensor"
+    return None

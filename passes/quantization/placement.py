@@ -1,0 +1,243 @@
+"""Which values of a graph become integers, who then reads them, and which of them share a scale.
+
+A layer that is to compute with integers wants its input as integers. The wish travels upward: through operations that
+only move or select elements (*carriers*: reshapes, slices, concatenation, max-pooling), since they can work on the
+integers as well; and, where a layer's sum is added to something (``layer -> add``) and the result is wanted as
+integers, to what is added. What a carrier reads and gives is on one scale.
+
+A value that a layer makes (alone or with the activation function and the addition after it) or that a carrier gives is
+made as integers, so all of its readers get these; any other value (of a layer norm, say) is rounded for the readers who
+wish it only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx, nn
+
+from fxcompress import matching
+from fxcompress.analysis.memory import Memory
+from fxcompress.analysis.shapes import TensorSpec
+from fxcompress.editing import is_inplace
+from fxcompress.pass_base import PassContext
+
+__all__ = ["ACTIVATIONS", "Chain", "Placement", "Value", "chain_of", "is_carrier", "place"]
+
+_MOVING_CALLS = frozenset(
+    "view reshape flatten permute transpose contiguous squeeze unsqueeze getitem narrow select expand unflatten "
+    "pixel_shuffle channel_shuffle flip roll max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d".split()
+)
+_JOINING_CALLS = frozenset(("cat", "concat", "stack"))
+_PARTING_CALLS = frozenset(("chunk", "split", "unbind", "tensor_split"))
+_MOVING_MODULES = (
+    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+ACTIVATIONS = frozenset("relu relu6 hardtanh hardswish silu gelu tanh leaky_relu clamp".split())
+_ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Tanh, nn.LeakyReLU)
+_ASKING_CALLS = frozenset("size dim numel getattr is_floating_point".split())
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A layer and what may be computed along with it.
+
+    Attributes:
+        layer: the call of the layer.
+        nodes: the layer, the addition if there is one, the activation function if there is one.
+        other: what is added, if something is.
+    """
+
+    layer: fx.Node
+    nodes: tuple[fx.Node, ...]
+    other: fx.Node | None
+
+    @property
+    def end(self) -> fx.Node:
+        """What gives the result."""
+        return self.nodes[-1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A value that is to be integers.
+
+    Attributes:
+        node: what gives it.
+        readers: those that are to read the integers.
+        scale: values with the same number share a scale.
+    """
+
+    node: fx.Node
+    readers: tuple[fx.Node, ...]
+    scale: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement:
+    """All values that are to be integers, in graph order."""
+
+    values: tuple[Value, ...]
+
+    def sharing(self) -> Iterator[tuple[Value, ...]]:
+        """Values that share a scale, group by group."""
+        groups: dict[int, list[Value]] = {}
+        for value in self.values:
+            groups.setdefault(value.scale, []).append(value)
+        yield from (tuple(g) for g in groups.values())
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads the elements of ``node``, and not only its shape."""
+    return [user for user in node.users if not matching.is_call(user, _ASKING_CALLS)]
+
+
+def _is_activation(context: PassContext, node: fx.Node) -> bool:
+    if matching.called(context.gm, node, *_ACTIVATION_MODULES) is not None:
+        return True
+    return matching.is_call(node, ACTIVATIONS) and len(node.all_input_nodes) == 1
+
+
+def _added(context: PassContext, node: fx.Node, to: fx.Node) -> fx.Node | None:
+    """What ``node`` adds to ``to``, element by element, both of the same shape."""
+    if not matching.is_call(node, ("add", "iadd", "add_")) or len(node.args) != 2 or node.kwargs:
+        return None
+    others = [a for a in node.args if isinstance(a, fx.Node) and a is not to]
+    if len(others) != 1 or (is_inplace(node) and node.args[0] is not to):
+        return None
+    specs = [context.shapes[n] for n in (to, others[0])]
+    if not all(isinstance(s, TensorSpec) for s in specs) or specs[0] != specs[1]:
+        return None
+    return others[0]
+
+
+def chain_of(context: PassContext, layer: fx.Node) -> Chain:
+    """``layer`` with the addition and the activation function after it, as far as nobody else reads what is between."""
+    nodes, other = [layer], None
+    readers = _readers(layer)
+    if len(readers) == 1:
+        other = _added(context, readers[0], layer)
+        if other is not None:
+            nodes.append(readers[0])
+            readers = _readers(readers[0])
+    if len(readers) == 1 and _is_activation(context, readers[0]):
+        nodes.append(readers[0])
+    return Chain(layer, tuple(nodes), other)
+
+
+def is_carrier(context: PassContext, node: fx.Node) -> bool:
+    """Whether ``node`` only moves or selects elements, of one tensor or of several that it joins."""
+    if is_inplace(node):
+        return False
+    module = matching.called(context.gm, node, *_MOVING_MODULES)
+    if module is not None:
+        return not getattr(module, "return_indices", False) and len(node.args) == 1
+    if matching.is_call(node, _JOINING_CALLS):
+        return True
+    if not matching.is_call(node, _MOVING_CALLS) or node.kwargs.get("return_indices"):
+        return False
+    return not any(_is_tensor(context, a) for a in node.all_input_nodes[1:])  # an index that is a tensor
+
+
+def _is_tensor(context: PassContext, node: fx.Node) -> bool:
+    return isinstance(context.shapes[node], TensorSpec)
+
+
+def _is_real(context: PassContext, node: fx.Node) -> bool:
+    spec = context.shapes[node]
+    return isinstance(spec, TensorSpec) and spec.dtype in _FLOATS
+
+
+class _Scales:
+    """A union-find over values."""
+
+    def __init__(self) -> None:
+        self._parent: dict[fx.Node, fx.Node] = {}
+
+    def root(self, node: fx.Node) -> fx.Node:
+        root = node
+        while (above := self._parent.get(root, root)) is not root:
+            root = above
+        self._parent[node] = root
+        return root
+
+    def unite(self, a: fx.Node, b: fx.Node) -> None:
+        self._parent[self.root(a)] = self.root(b)
+
+
+def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Callable[[fx.Node], bool]) -> Placement:
+    """Decide; see the module.
+
+    Args:
+        context: of the graph.
+        layers: whether a node calls a layer that wants its input as integers.
+        chains: whether a node calls a layer whose result may be made as integers.
+    """
+    nodes = list(context.gm.graph.nodes)
+    memory = Memory(context.gm, lambda n: _is_tensor(context, n))
+    position = {node: i for i, node in enumerate(nodes)}
+    ends: dict[fx.Node, Chain] = {}
+    for node in nodes:
+        if chains(node):
+            chain = chain_of(context, node)
+            # Of two layers that are added up, the later one takes the addition along.
+            if chain.end not in ends or position[ends[chain.end].layer] < position[node]:
+                ends[chain.end] = chain
+    wishes: dict[fx.Node, set[fx.Node]] = {}
+    scales, native = _Scales(), {e for e in ends if memory.writer_after(e) is None}
+
+    def may_read(value: fx.Node, reader: fx.Node) -> bool:
+        return _is_real(context, value) and value.op != "get_attr" and memory.writer_between(value, reader) is None
+
+    def wish(value: fx.Node, reader: fx.Node) -> None:
+        wishes.setdefault(value, set()).add(reader)
+
+    for node in reversed(nodes):
+        if layers(node):
+            source = matching.tensor_input(node)
+            assert source is not None, "a layer reads one tensor"
+            wish(source, node)
+        if node not in wishes:
+            continue
+        if node in ends:
+            chain = ends[node]
+            if chain.other is not None and may_read(chain.other, chain.nodes[1]):
+                wish(chain.other, chain.nodes[1])
+        elif is_carrier(context, node):
+            sources = _sources(node)
+            reader = _part(node) or node
+            if sources and all(may_read(source, reader) for source in sources):
+                if memory.writer_after(node) is None:
+                    native.add(node)
+                for source in sources:
+                    wish(source, reader)
+                    scales.unite(source, node)
+    numbers: dict[fx.Node, int] = {}
+    values = []
+    for node in nodes:
+        if node in wishes:
+            readers = tuple(node.users) if node in native else tuple(u for u in node.users if u in wishes[node])
+            number = numbers.setdefault(scales.root(node), len(numbers))
+            values.append(Value(node, readers, number))
+    return Placement(tuple(values))
+
+
+def _part(node: fx.Node) -> fx.Node | None:
+    """The call that gave the parts of which ``node`` takes one."""
+    source = matching.tensor_input(node)
+    return source if matching.is_call(node, ("getitem",)) and matching.is_call(source, _PARTING_CALLS) else None
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a carrier reads."""
+    if matching.is_call(node, _JOINING_CALLS):
+        tensors = matching.argument(node, 0, "tensors")
+        return [t for t in tensors if isinstance(t, fx.Node)] if isinstance(tensors, (list, tuple)) else []
+    source = matching.tensor_input(_part(node) or node)
+    return [] if source is None else [source]

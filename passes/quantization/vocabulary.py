@@ -1,0 +1,115 @@
+"""Quantize and dequantize nodes: the operators of the ``quantized_decomposed`` library, in one place.
+
+They are what PyTorch's own exporters and compilers (Inductor, ExecuTorch) understand; each is plain arithmetic and runs
+anywhere. Importing the module that registers them is all that leans on where PyTorch keeps it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators
+from torch import fx
+
+from fxcompress.passes.quantization.grid import Grid
+
+__all__ = [
+    "PerTensor",
+    "insert_dequantize",
+    "insert_dequantize_channels",
+    "insert_dequantize_groups",
+    "insert_dynamic_pair",
+    "insert_quantize",
+    "is_dequantize",
+    "is_quantize",
+    "is_weight_dequantize",
+    "per_tensor",
+]
+
+_OPS: Any = torch.ops.quantized_decomposed
+_QUANTIZE = _OPS.quantize_per_tensor.default
+_DEQUANTIZE = _OPS.dequantize_per_tensor.default
+_CHOOSE = _OPS.choose_qparams.tensor
+_QUANTIZE_BY = _OPS.quantize_per_tensor.tensor
+_DEQUANTIZE_BY = _OPS.dequantize_per_tensor.tensor
+_PER_CHANNEL = _OPS.dequantize_per_channel.default
+_PER_GROUP = _OPS.dequantize_per_channel_group.default
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensor:
+    """One scale for a whole tensor: a real x is ``scale * (q - zero_point)``, with q on ``grid``."""
+
+    scale: float
+    zero_point: int
+    grid: Grid
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the operators take them."""
+        return self.scale, self.zero_point, self.grid.low, self.grid.high, self.grid.dtype
+
+
+# Each of these puts its nodes where the caller is inserting.
+def insert_quantize(value: fx.Node, by: PerTensor) -> fx.Node:
+    """The integers of ``value``."""
+    return value.graph.call_function(_QUANTIZE, (value, *by.arguments))
+
+
+def insert_dequantize(integers: fx.Node, by: PerTensor, dtype: torch.dtype) -> fx.Node:
+    """The reals of ``integers``, as ``dtype``."""
+    return integers.graph.call_function(_DEQUANTIZE, (integers, *by.arguments), _out(dtype))
+
+
+def insert_dynamic_pair(value: fx.Node, grid: Grid, dtype: torch.dtype) -> fx.Node:
+    """``value`` on a scale that follows from it anew in each run."""
+    graph, limits = value.graph, (grid.low, grid.high)
+    chosen = graph.call_function(_CHOOSE, (value, *limits, grid.least_scale, grid.dtype))
+    scale, zero_point = (graph.call_function(operator.getitem, (chosen, i)) for i in (0, 1))
+    by: tuple[Any, ...] = (scale, zero_point, *limits, grid.dtype)
+    integers = graph.call_function(_QUANTIZE_BY, (value, *by))
+    return graph.call_function(_DEQUANTIZE_BY, (integers, *by), _out(dtype))
+
+
+def insert_dequantize_channels(
+    integers: fx.Node, scale: fx.Node, zero_point: fx.Node, axis: int, grid: Grid, dtype: torch.dtype
+) -> fx.Node:
+    """The reals of ``integers``, a scale for each index along ``axis``."""
+    by = (scale, zero_point, axis, grid.low, grid.high, grid.dtype)
+    return integers.graph.call_function(_PER_CHANNEL, (integers, *by), _out(dtype))
+
+
+def insert_dequantize_groups(
+    integers: fx.Node, scale: fx.Node, zero_point: fx.Node, size: int, grid: Grid, dtype: torch.dtype
+) -> fx.Node:
+    """The reals of a matrix, a scale for each ``size`` of a row."""
+    by = (scale, zero_point, grid.low, grid.high, grid.dtype, size, dtype)
+    return integers.graph.call_function(_PER_GROUP, (integers, *by))
+
+
+def _out(dtype: torch.dtype) -> dict[str, Any]:
+    return {} if dtype is torch.float32 else {"out_dtype": dtype}
+
+
+def is_quantize(node: Any) -> bool:
+    """Whether ``node`` quantises with a fixed scale."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is _QUANTIZE
+
+
+def is_dequantize(node: Any) -> bool:
+    """Whether ``node`` dequantises with a fixed scale."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is _DEQUANTIZE
+
+
+def is_weight_dequantize(node: Any) -> bool:
+    """Whether ``node`` dequantises a weight."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in (_PER_CHANNEL, _PER_GROUP)
+
+
+def per_tensor(node: fx.Node) -> PerTensor:
+    """The scale of a node for which :func:`is_quantize` or :func:`is_dequantize` holds."""
+    scale, zero_point, low, high, dtype = node.args[1:]
+    return PerTensor(scale, zero_point, Grid(low, high, dtype))  # type: ignore[arg-type]

@@ -1,0 +1,117 @@
+"""Weights as integers: scales for a tensor, for each output channel, or for each group of inputs of a channel."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.passes.quantization.grid import Grid
+
+__all__ = ["LAYERS", "Granularity", "IntegerWeight", "Layer", "weight_as_integers"]
+
+Layer: TypeAlias = (
+    nn.Linear
+    | nn.Conv1d
+    | nn.Conv2d
+    | nn.Conv3d
+    | nn.ConvTranspose1d
+    | nn.ConvTranspose2d
+    | nn.ConvTranspose3d
+)  # fmt: skip
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+
+Granularity: TypeAlias = Literal["tensor", "channel"] | int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IntegerWeight:
+    """A weight as integers.
+
+    Attributes:
+        integers: of the shape of the weight, int8.
+        scale: float32; one for each output channel, or for each group ``(channels * groups,)``.
+        grid: where the integers lie.
+        axis: along which channels lie; ``None`` if there is a scale for each group.
+        group: how many elements of a row have a scale; 0 if all.
+        error: relative to the norm of the weight.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    grid: Grid
+    axis: int | None
+    group: int
+    error: float
+
+
+def _rows_of(layer: Layer, weight: Tensor) -> Tensor:
+    """``weight``, of the shape of that of ``layer``, with a row for each output channel; a view if it can be one."""
+    if isinstance(layer, _TRANSPOSED):  # (inputs, outputs of a group, *kernel)
+        parts = weight.reshape(layer.groups, -1, *weight.shape[1:])
+        return parts.transpose(1, 2).reshape(layer.out_channels, -1)
+    return weight.reshape(len(weight), -1)
+
+
+def _weight_of(layer: Layer, rows: Tensor) -> Tensor:
+    """The inverse of :func:`_rows_of`."""
+    if isinstance(layer, _TRANSPOSED):
+        shape = layer.weight.shape
+        parts = rows.reshape(layer.groups, shape[1], shape[0] // layer.groups, *shape[2:])
+        return parts.transpose(1, 2).reshape(shape)
+    return rows.reshape(layer.weight.shape)
+
+
+def weight_as_integers(layer: Layer, grid: Grid, granularity: Granularity) -> IntegerWeight:
+    """The weight of ``layer`` rounded to the nearest integers.
+
+    Scales are those with the least square error among 64 that clip more and more; where channels of a transposed
+    convolution in groups cannot have scales of their own, which the operators have no word for, there is one for all.
+    """
+    axis = _axis(layer)
+    rows = _rows_of(layer, layer.weight.detach().to("cpu", torch.float64))
+    group = granularity if isinstance(granularity, int) and granularity < rows.shape[1] else 0
+    parts = rows.reshape(-1, group) if group else rows
+    if granularity == "tensor" or axis is None:
+        scale = _best_scale(rows.reshape(1, -1), grid).expand(len(rows))
+    else:
+        scale = _best_scale(parts, grid)
+    integers = grid.round(parts, scale[:, None])
+    missing = float((integers * scale[:, None] - parts).norm())
+    return IntegerWeight(
+        integers=_weight_of(layer, integers.reshape(rows.shape)).to(layer.weight.device, torch.int8),
+        scale=_scales(layer, scale, axis).to(layer.weight.device, torch.float32),
+        grid=grid,
+        axis=None if group else (0 if axis is None else axis),
+        group=group,
+        error=missing / max(float(rows.norm()), torch.finfo(torch.float64).tiny),
+    )
+
+
+def _axis(layer: Layer) -> int | None:
+    """The dimension of the weight along which there are all output channels."""
+    if not isinstance(layer, _TRANSPOSED):
+        return 0
+    return 1 if layer.groups == 1 else None
+
+
+def _scales(layer: Layer, scale: Tensor, axis: int | None) -> Tensor:
+    if axis is None:  # the same for all, written along the first dimension
+        return scale[:1].expand(layer.weight.shape[0]).clone()
+    return scale.clone()
+
+
+def _best_scale(rows: Tensor, grid: Grid) -> Tensor:
+    """For each row the scale, exact in float32, whose rounding has the least square error."""
+    largest = rows.abs().amax(1)
+    best = grid.scales(-largest, largest)[0]
+    least = (grid.nearest(rows, best[:, None]) - rows).square().sum(1)
+    for part in torch.linspace(0.3, 0.99, 64, dtype=torch.float64):
+        scale = grid.scales(-largest * part, largest * part)[0]
+        error = (grid.nearest(rows, scale[:, None]) - rows).square().sum(1)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
