@@ -1,5 +1,6 @@
-"""Numbers of fewer bits: integer weights and activations."""
+"""Numbers of fewer bits: integer weights and activations, and the kernels that compute with them."""
 
+from fxcompress.passes.quantization.lower_int8 import LowerInt8
 from fxcompress.passes.quantization.quantize import Quantize
 
-__all__ = ["Quantize"]
+__all__ = ["LowerInt8", "Quantize"]

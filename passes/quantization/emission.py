@@ -71,4 +71,8 @@ def _call(layer: Layer, source: fx.Node, weight: fx.Node, bias: fx.Node | None) 
         around = tuple(layer._reversed_padding_repeated_twice)
         source = graph.call_function(F.pad, (source, around), {"mode": layer.padding_mode})
         padding = (0,) * len(layer.kernel_size)
+    elif isinstance(padding, str):
+        around = tuple(layer._reversed_padding_repeated_twice[::-1])
+        if around[::2] == around[1::2]:  # as much before as after
+            padding = around[::2]
     return graph.call_function(function, (source, weight, bias, layer.stride, padding, layer.dilation, layer.groups))

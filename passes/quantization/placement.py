@@ -24,7 +24,7 @@ from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.editing import is_inplace
 from fxcompress.pass_base import PassContext
 
-__all__ = ["ACTIVATIONS", "Chain", "Placement", "Value", "chain_of", "is_carrier", "place"]
+__all__ = ["ACTIVATIONS", "Chain", "Placement", "Value", "chain_of", "is_carrier", "part_of", "place", "sources_of"]
 
 _MOVING_CALLS = frozenset(
     "view reshape flatten permute transpose contiguous squeeze unsqueeze getitem narrow select expand unflatten "
@@ -171,6 +171,21 @@ class _Scales:
         self._parent[self.root(a)] = self.root(b)
 
 
+def part_of(node: fx.Node) -> fx.Node | None:
+    """The call that gave the parts of which ``node`` takes one."""
+    source = matching.tensor_input(node)
+    return source if matching.is_call(node, ("getitem",)) and matching.is_call(source, _PARTING_CALLS) else None
+
+
+def sources_of(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a carrier reads."""
+    if matching.is_call(node, _JOINING_CALLS):
+        tensors = matching.argument(node, 0, "tensors")
+        return [t for t in tensors if isinstance(t, fx.Node)] if isinstance(tensors, (list, tuple)) else []
+    source = matching.tensor_input(part_of(node) or node)
+    return [] if source is None else [source]
+
+
 def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Callable[[fx.Node], bool]) -> Placement:
     """Decide; see the module.
 
@@ -210,8 +225,8 @@ def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Calla
             if chain.other is not None and may_read(chain.other, chain.nodes[1]):
                 wish(chain.other, chain.nodes[1])
         elif is_carrier(context, node):
-            sources = _sources(node)
-            reader = _part(node) or node
+            sources = sources_of(node)
+            reader = part_of(node) or node
             if sources and all(may_read(source, reader) for source in sources):
                 if memory.writer_after(node) is None:
                     native.add(node)
@@ -226,18 +241,3 @@ def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Calla
             number = numbers.setdefault(scales.root(node), len(numbers))
             values.append(Value(node, readers, number))
     return Placement(tuple(values))
-
-
-def _part(node: fx.Node) -> fx.Node | None:
-    """The call that gave the parts of which ``node`` takes one."""
-    source = matching.tensor_input(node)
-    return source if matching.is_call(node, ("getitem",)) and matching.is_call(source, _PARTING_CALLS) else None
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a carrier reads."""
-    if matching.is_call(node, _JOINING_CALLS):
-        tensors = matching.argument(node, 0, "tensors")
-        return [t for t in tensors if isinstance(t, fx.Node)] if isinstance(tensors, (list, tuple)) else []
-    source = matching.tensor_input(_part(node) or node)
-    return [] if source is None else [source]

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
-from torch import fx
+from torch import Tensor, fx
 
 from fxcompress.passes.quantization.grid import Grid
 
 __all__ = [
     "PerTensor",
+    "dequantize",
+    "dequantize_channels",
     "insert_dequantize",
     "insert_dequantize_channels",
     "insert_dequantize_groups",
@@ -27,6 +29,7 @@ __all__ = [
     "is_quantize",
     "is_weight_dequantize",
     "per_tensor",
+    "quantize",
 ]
 
 _OPS: Any = torch.ops.quantized_decomposed
@@ -51,6 +54,24 @@ class PerTensor:
     def arguments(self) -> tuple[Any, ...]:
         """As the operators take them."""
         return self.scale, self.zero_point, self.grid.low, self.grid.high, self.grid.dtype
+
+
+def quantize(x: Tensor, by: PerTensor) -> Tensor:
+    """The integers of ``x``."""
+    result: Tensor = _QUANTIZE(x, *by.arguments)
+    return result
+
+
+def dequantize(integers: Tensor, by: PerTensor) -> Tensor:
+    """The reals of ``integers``, float32."""
+    result: Tensor = _DEQUANTIZE(integers, *by.arguments)
+    return result
+
+
+def dequantize_channels(integers: Tensor, scale: Tensor, zero_point: Tensor, axis: int, grid: Grid) -> Tensor:
+    """The reals of ``integers``, a scale for each index along ``axis``; float32."""
+    result: Tensor = _PER_CHANNEL(integers, scale, zero_point, axis, grid.low, grid.high, grid.dtype)
+    return result
 
 
 # Each of these puts its nodes where the caller is inserting.

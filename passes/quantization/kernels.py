@@ -1,0 +1,222 @@
+"""Layers on integers: oneDNN's int8 kernels behind modules, and the few operations between them.
+
+A module holds its weight as the reference graph does (``weight`` in int8, ``weight_scale``, ``bias``), so that either's
+``state_dict`` fits the other. The form that the kernel wants is made at the first call and again whenever the weight
+has changed; it is in no ``state_dict``, copy or pickle. While ``torch.compile`` looks at it a module is what it stands
+for, written in quantize and dequantize operators, which Inductor has kernels of its own for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxcompress.passes.quantization.grid import Grid
+from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, dequantize_channels, quantize
+
+__all__ = ["Int8Conv", "Int8Layer", "Int8Linear", "PostOp", "max_pool2d", "to_uint8", "unavailable"]
+
+_ONEDNN: Any = torch.ops.onednn
+_WEIGHTS = Grid.of_weights(8)
+
+
+def unavailable() -> str | None:
+    """Why there are no int8 kernels on this machine; ``None`` if there are."""
+    if not all(hasattr(_ONEDNN, name) for name in ("qconv2d_pointwise", "qlinear_pointwise", "qconv_prepack")):
+        return "this build of PyTorch has no int8 kernels of oneDNN"
+    if not torch.cpu._is_vnni_supported():
+        return "this processor has no VNNI instructions, without which int8 kernels are not faster"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PostOp:
+    """What a kernel does to its result before it rounds it: the name, numbers and variant that oneDNN knows it by."""
+
+    name: str = "none"
+    numbers: tuple[float, ...] = ()
+    variant: str = ""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same on real numbers."""
+        if self.name == "none":
+            return x
+        if self.name == "hardtanh":
+            return x.clamp(*self.numbers)
+        if self.name == "leaky_relu":
+            return F.leaky_relu(x, self.numbers[0])
+        if self.name == "gelu":
+            return F.gelu(x, approximate=self.variant)
+        plain: dict[str, Any] = {"relu": F.relu, "hardswish": F.hardswish, "swish": F.silu, "tanh": torch.tanh}
+        result: Tensor = plain[self.name](x)
+        return result
+
+
+class Int8Layer(nn.Module):
+    """A layer on integers; see the module. Use :class:`Int8Conv` or :class:`Int8Linear`.
+
+    Args:
+        holder: what holds ``weight``, ``weight_scale``, ``weight_zero_point`` and ``bias`` in the reference graph.
+        given: the scale of the input.
+        made: that of the output; ``None`` for real numbers.
+        post: what follows.
+        adds: whether another tensor is added before that.
+        other: the scale of that; ``None`` if it is real.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    def __init__(
+        self,
+        holder: nn.Module,
+        given: PerTensor,
+        made: PerTensor | None,
+        post: PostOp,
+        adds: bool = False,
+        other: PerTensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_parameter("weight", holder.weight)  # type: ignore[arg-type]
+        self.register_parameter("bias", getattr(holder, "bias", None))
+        self.register_buffer("weight_scale", holder.weight_scale)  # type: ignore[arg-type]
+        self.register_buffer("weight_zero_point", holder.weight_zero_point)  # type: ignore[arg-type]
+        self.given, self.made, self.post, self.adds, self.other = given, made, post, adds, other
+        self._packed: Tensor | None = None
+        self._packed_from: tuple[int, int] | None = None
+        self.train(holder.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None, "_packed_from": None}
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """The layer, the addition of ``other`` and what follows. A convolution that adds integers to integers writes
+        its result to the memory of ``other``."""
+        if torch.compiler.is_compiling():
+            return self.reference(x, other)
+        origin = (self.weight._version, self.weight.data_ptr())
+        if self._packed is None or origin != self._packed_from:
+            self._packed, self._packed_from = self._pack(x), origin
+        return self._kernel(x, other, self._packed)
+
+    def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """What :meth:`forward` stands for, in real numbers."""
+        weight = dequantize_channels(self.weight, self.weight_scale, self.weight_zero_point, 0, _WEIGHTS)
+        y = self._on_reals(dequantize(x, self.given), weight)
+        if other is not None:
+            y = y + (other if self.other is None else dequantize(other, self.other))
+        y = self.post(y)
+        return y if self.made is None else quantize(y, self.made)
+
+    def _inputs(self, x: Tensor) -> tuple[Any, ...]:
+        assert self._packed is not None, "packed by forward()"
+        scale, zero_point = self.given.scale, self.given.zero_point
+        return x, scale, zero_point, self._packed, self.weight_scale, self.weight_zero_point
+
+    @property
+    def _output(self) -> tuple[float, int, torch.dtype]:
+        return (1.0, 0, torch.float32) if self.made is None else (self.made.scale, self.made.zero_point, torch.uint8)
+
+    @property
+    def _added(self) -> tuple[float, int]:
+        return (1.0, 0) if self.other is None else (self.other.scale, self.other.zero_point)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how its weight is packed")
+
+    def _kernel(self, x: Tensor, other: Tensor | None, packed: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must call a kernel")
+
+    def _on_reals(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say what it does with real numbers")
+
+    def extra_repr(self) -> str:
+        parts = [str(tuple(self.weight.shape)), f"post={self.post.name}"]
+        return ", ".join(parts + ["adds"] * self.adds + ["real output"] * (self.made is None))
+
+
+class Int8Conv(Int8Layer):
+    """A convolution of two dimensions on integers.
+
+    Args:
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, as lists.
+        options: of :class:`Int8Layer`.
+    """
+
+    def __init__(
+        self, *args: Any, stride: list[int], padding: list[int], dilation: list[int], groups: int, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._sizes = (stride, padding, dilation, groups)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        scales = self.weight_scale, self.given.scale, self.given.zero_point
+        packed: Tensor = _ONEDNN.qconv_prepack(self.weight, *scales, *self._sizes, list(x.shape))
+        return packed
+
+    def _kernel(self, x: Tensor, other: Tensor | None, packed: Tensor) -> Tensor:
+        after = self.post.name, list(self.post.numbers), self.post.variant
+        inputs, output = self._inputs(x), (*self._sizes, *self._output)
+        result: Tensor
+        if other is None:
+            result = _ONEDNN.qconv2d_pointwise.default(*inputs, self.bias, *output, *after)
+        else:
+            added = (*self._added, "sum", 1.0)
+            result = _ONEDNN.qconv2d_pointwise.binary(*inputs, other, self.bias, *output, *added, *after)
+        return result
+
+    def _on_reals(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, *self._sizes)
+
+
+class Int8Linear(Int8Layer):
+    """A linear layer on integers. Arguments are those of :class:`Int8Layer`."""
+
+    def _pack(self, x: Tensor) -> Tensor:
+        packed: Tensor = _ONEDNN.qlinear_prepack(self.weight, [x.numel() // x.shape[-1], x.shape[-1]])
+        return packed
+
+    def _kernel(self, x: Tensor, other: Tensor | None, packed: Tensor) -> Tensor:
+        after = self.post.name, list(self.post.numbers), self.post.variant
+        inputs, output = self._inputs(x), self._output
+        result: Tensor
+        if other is None:
+            result = _ONEDNN.qlinear_pointwise.default(*inputs, self.bias, *output, *after)
+        else:
+            added = (*self._added, "add", 1.0)
+            result = _ONEDNN.qlinear_pointwise.binary(*inputs, other, self.bias, *output, *added, *after)
+        return result
+
+    def _on_reals(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------- between layers
+def to_uint8(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    """``x`` as integers from ``low`` to ``high``, in three steps where the operator takes five; halves are rounded up.
+
+    Args:
+        x: real numbers.
+        scale: of the integers.
+        zero_point: the integer that stands for 0.
+        low: at least 0.
+        high: at most 255.
+    """
+    if torch.compiler.is_compiling():
+        return quantize(x, PerTensor(scale, zero_point, Grid(low, high, torch.uint8)))
+    shifted = torch.add(x.new_tensor(zero_point + 0.5), x, alpha=1 / scale)
+    return shifted.clamp_(low, high + 0.5).to(torch.uint8)
+
+
+def max_pool2d(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> Tensor:
+    """``torch.nn.functional.max_pool2d`` of unsigned integers, which that function does not take."""
+    result: Tensor = torch.ops.quantized.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return result
