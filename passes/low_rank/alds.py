@@ -19,6 +19,7 @@ import numpy as np
 from fxcompress.analysis.cost import cost
 from fxcompress.analysis.latency import latency
 from fxcompress.analysis.memory import Memory
+from fxcompress.analysis.moments import Moments
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.calibration import check_batch
 from fxcompress.errors import PreconditionError, UsageError
@@ -28,7 +29,7 @@ from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_r
 from fxcompress.passes.low_rank.errors import ERRORS, Activation, ErrorMeasure
 from fxcompress.passes.low_rank.folding import SCHEMES, Folding
 from fxcompress.passes.low_rank.layers import Candidate, Replacement, Survey
-from fxcompress.passes.low_rank.moments import Moments, MomentsObserver, unobservable
+from fxcompress.passes.low_rank.moments import few_rows, observer_of, unobservable, weighting_of
 from fxcompress.passes.low_rank.sensitivity import MIDDLING, sensitivities
 from fxcompress.passes.low_rank.tables import Table, table_of
 from fxcompress.passes.low_rank.timing import seconds_of, worth_timing
@@ -127,7 +128,7 @@ class Alds(Pass):
             for scheme in folding.distinct(self.schemes):
                 if unobservable(candidate.layer, folding, scheme) is None:
                     for source in candidate.unwritten_sources(memory):
-                        observer = partial(MomentsObserver, candidate.layer, scheme)
+                        observer = partial(observer_of, candidate.layer, scheme)
                         yield Observation(source, _key(candidate, scheme), observer)
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
@@ -182,7 +183,7 @@ class Alds(Pass):
         return found
 
     def _table(self, context: PassContext, candidate: Candidate, moments: Mapping[int, Moments]) -> Table:
-        given = {s: found.weighting(candidate.layer, self._shrinkage) for s, found in moments.items()}
+        given = {s: weighting_of(found, candidate.layer, self._shrinkage) for s, found in moments.items()}
         weightings = {s: c for s, c in given.items() if c is not None}
         places = candidate.places(context, self.schemes)
         by = "macs" if self.measure == "macs" else "params"
@@ -196,7 +197,7 @@ class Alds(Pass):
             weightings,
             by,
         )
-        few = [found.said(scheme) for scheme, found in moments.items() if not found.spans()]
+        few = [few_rows(found, scheme) for scheme, found in moments.items() if not found.spans()]
         return dataclasses.replace(table, notes=(*table.notes, *few))
 
     def _allows(self, slices: int) -> bool:

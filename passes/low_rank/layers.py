@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress import editing, matching
+from fxcompress.analysis.moments import Moments
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.layers import CalledLayer, called_layers
 from fxcompress.pass_base import PassContext
 from fxcompress.passes.low_rank.folding import LAYERS, Choice, Folding, Layer, slices_of
-from fxcompress.passes.low_rank.moments import Moments, takes_up_mean
+from fxcompress.passes.low_rank.moments import given_by_mean, takes_up_mean, weighting_of
 from fxcompress.passes.low_rank.spectra import factors
 from fxcompress.passes.low_rank.tables import Places, between
 
@@ -98,11 +99,11 @@ class Replacement:
     def _factors(self, c: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
         layer, found = self.candidate.layer, self.moments.get(c.scheme)
         folding = Folding.of(layer)
-        whole = None if found is None else found.weighting(layer, self.shrinkage)
+        whole = None if found is None else weighting_of(found, layer, self.shrinkage)
         weighting = None if whole is None else slices_of(whole, c.slices)
         left, right = factors(layer, folding, c.scheme, c.slices, c.rank, weighting)
         bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
         if found is not None and bias is not None and takes_up_mean(layer):
             missing = folding.matrices(layer, c.scheme, c.slices) - left @ right
-            bias = bias.to("cpu", torch.float64) + found.of_mean(folding, missing)
+            bias = bias.to("cpu", torch.float64) + given_by_mean(found, folding, missing)
         return left, right, bias

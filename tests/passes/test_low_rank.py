@@ -24,7 +24,7 @@ from fxcompress.passes.low_rank import ERRORS, Alds, AldsPlus, alds, plot_ranks
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import Scale
 from fxcompress.passes.low_rank.folding import SCHEMES, Choice, Folding, Layer, slices_of
-from fxcompress.passes.low_rank.moments import MomentsObserver
+from fxcompress.passes.low_rank.moments import observer_of
 from fxcompress.passes.low_rank.spectra import factors, spectra
 from fxcompress.passes.low_rank.timing import seconds_of
 
@@ -214,7 +214,7 @@ def test_activation_error_is_that_of_the_output(layer_and_input: tuple[Layer, Te
     if layer.bias is not None:
         layer.bias.data.zero_()
     folding = Folding.of(layer)
-    observer = MomentsObserver(layer, 0)
+    observer = observer_of(layer, 0)
     observer._generator = torch.Generator()
     if math.prod(layer(x).shape[2:]) > 64:  # then only some places are looked at
         x = x[..., :1] if layer.weight.dim() == 3 else x[:, :, :3, :3]
