@@ -128,12 +128,14 @@ class Pass:
         name: kebab-case name, the one in the entry-point group ``fxcompress.passes``.
         guarantee: what the rewritten graph owes the original.
         needs: what must be there before the pass can start.
+        trainable: whether what it makes can be trained; integers cannot.
         repeat: look for sites again after a round of rewriting, until there are none (folding opens new places).
     """
 
     name: ClassVar[str]
     guarantee: ClassVar[Guarantee]
     needs: ClassVar[frozenset[Need]] = frozenset()
+    trainable: ClassVar[bool] = True
     repeat: ClassVar[bool] = False
 
     def requires(self, context: PassContext) -> None:

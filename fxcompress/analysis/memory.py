@@ -159,6 +159,8 @@ class Memory:
         """The values that ``node`` may write to: what it is in place on, or anything if nothing is known of it."""
         if node.op in ("placeholder", "get_attr", "output") or node.target is getattr:
             return
+        if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("fxcompress."):
+            return  # guards and the like, which write to nothing
         if isinstance(node.target, torch._ops.OpOverload):  # whose name tells less than its schema
             if node.target._schema.is_mutable:
                 yield from node.all_input_nodes

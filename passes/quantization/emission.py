@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompress import editing, matching
 from fxcompress.layers import CalledLayer
@@ -22,11 +22,11 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
 }  # fmt: skip
 
 
-def write_layer(gm: fx.GraphModule, called: CalledLayer[Layer], weight: IntegerWeight) -> None:
+def write_layer(gm: fx.GraphModule, called: CalledLayer[Layer], weight: IntegerWeight, bias: Tensor | None) -> None:
     """Put functions in place of every call. The path of the layer then holds ``weight`` (int8), ``weight_scale``,
-    ``weight_zero_point`` and ``bias``."""
+    ``weight_zero_point`` and ``bias``, where it had one."""
     layer, path = called.layer, called.path
-    editing.set_attribute(gm, path, _holder(layer, weight))
+    editing.set_attribute(gm, path, _holder(layer, weight, bias))
     with gm.graph.inserting_before(called.calls[0]):
         parts = [gm.graph.get_attr(f"{path}.{name}") for name in ("weight", "weight_scale", "weight_zero_point")]
         reals = _reals(layer, weight, *parts)
@@ -34,15 +34,15 @@ def write_layer(gm: fx.GraphModule, called: CalledLayer[Layer], weight: IntegerW
         source = matching.tensor_input(call)
         assert source is not None, "a call with one tensor"
         with gm.graph.inserting_before(call):
-            bias = None if layer.bias is None else gm.graph.get_attr(f"{path}.bias")
-            editing.replace(call, _call(layer, source, reals, bias))
+            offset = None if bias is None else gm.graph.get_attr(f"{path}.bias")
+            editing.replace(call, _call(layer, source, reals, offset))
 
 
-def _holder(layer: Layer, weight: IntegerWeight) -> nn.Module:
+def _holder(layer: Layer, weight: IntegerWeight, bias: Tensor | None) -> nn.Module:
     holder = nn.Module().train(layer.training)
     holder.weight = nn.Parameter(weight.integers, requires_grad=False)
-    if layer.bias is not None:
-        holder.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    if bias is not None:
+        holder.bias = nn.Parameter(bias, requires_grad=False)
     holder.register_buffer("weight_scale", weight.scale)
     holder.register_buffer("weight_zero_point", torch.zeros_like(weight.scale, dtype=torch.int64))
     return holder

@@ -168,6 +168,7 @@ class Int8Conv(Int8Layer):
             result = _ONEDNN.qconv2d_pointwise.default(*inputs, self.bias, *output, *after)
         else:
             added = (*self._added, "sum", 1.0)
+            other = other.contiguous(memory_format=torch.channels_last)
             result = _ONEDNN.qconv2d_pointwise.binary(*inputs, other, self.bias, *output, *added, *after)
         return result
 

@@ -15,11 +15,13 @@ import torch
 from torch import fx, nn
 
 from fxcompress import editing, matching
+from fxcompress.analysis.memory import Memory
+from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp, to_uint8, unavailable
 from fxcompress.passes.quantization.kernels import max_pool2d as integer_max_pool2d
-from fxcompress.passes.quantization.placement import chain_of, is_carrier, part_of, sources_of
+from fxcompress.passes.quantization.placement import Chain, chains_of, is_carrier, part_of, sources_of
 from fxcompress.passes.quantization.vocabulary import (
     PerTensor,
     is_dequantize,
@@ -57,9 +59,10 @@ class LowerInt8(Pass):
     name: ClassVar[str] = "lower-int8"
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    trainable: ClassVar[bool] = False
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
-        """See :meth:`Pass.sites`: layers, then operations on integers, then what is left of quantising."""
+        """See :meth:`Pass.sites`: layers, then what is between them."""
         found = _Found(context)
         if found.lowerings and (reason := unavailable()):
             for lowering in found.lowerings:
@@ -67,7 +70,13 @@ class LowerInt8(Pass):
             return
         for lowering in found.lowerings:
             yield Site(lowering.layer, lowering, lowering.said())
-        for node in context.gm.graph.nodes:
+        memory = Memory(context.gm, lambda node: isinstance(context.shapes[node], TensorSpec))
+        for node in context.gm.graph.nodes if found.lowerings else ():
+            if node.op == "call_method" and node.target == "view" and memory.writer_after(node) is None:
+                yield Site(node, _Reshaped(node), {"op": "reshape"})
+            if is_dequantize(node) and node.args[-1] is torch.int8:
+                yield Site(node, _Shifted(node), {"op": "shift"})
+        for node in context.gm.graph.nodes if found.lowerings else ():
             if is_quantize(node) and node not in found.absorbed and node.args[-1] in _EIGHT_BITS:
                 moved = _Moved.of(context, node)
                 yield Site(node, moved or _Rounded(node), {"op": "round" if moved is None else "move"})
@@ -127,6 +136,10 @@ class _Lowering:
         """The node in whose place the kernel is called."""
         return self.end if self.rounds is None else self.rounds
 
+    @property
+    def _addition(self) -> fx.Node:
+        return (*self.inner[::-1], self.end)[1]
+
     def said(self) -> dict[str, Any]:
         """For the record."""
         adds = None if self.other is None else ("integers" if self.adds_integers else "reals")
@@ -144,7 +157,10 @@ class _Lowering:
         with graph.inserting_before(self.last):
             arguments: list[Any] = [self.reads.args[0]]
             if self.other is not None:
-                added = self.other.args[0] if self.adds_integers else self.other
+                # Another kernel may have taken the place of what was to be added since.
+                other = next(a for a in self._addition.args if a is not self.layer)
+                assert isinstance(other, fx.Node), "the sum of two tensors"
+                added = other.args[0] if self.adds_integers else other
                 arguments.append(graph.call_method("clone", (added,)) if self.keeps_other else added)
             editing.replace(self.last, graph.call_module(path, tuple(arguments)))
         for node in (self.end, *self.inner):  # in place on what the layer gave, perhaps, and so not dead by itself
@@ -170,14 +186,15 @@ class _Found:
         self._context = context
         self._position = {node: i for i, node in enumerate(context.gm.graph.nodes)}
         self.refusals: list[Refusal] = []
-        drafts = []
+        layers = []
         for node in context.gm.graph.nodes:
             if not matching.is_call(node, ("linear", *_CONVOLUTIONS)) or not is_weight_dequantize(node.args[1]):
                 continue
             if reason := self._obstacle(node):
                 self.refusals.append(Refusal(node, reason))
             else:
-                drafts.append(self._draft(node))
+                layers.append(node)
+        drafts = [self._draft(chain) for chain in chains_of(context, layers).values()]
         self.absorbed = {d.rounds for d in drafts if d.rounds is not None}
         self._runs_at: dict[fx.Node, int] = {}
         for draft in drafts:
@@ -208,8 +225,8 @@ class _Found:
             return "reads a single image without a batch dimension"
         return None
 
-    def _draft(self, layer: fx.Node) -> _Lowering:
-        chain = chain_of(self._context, layer)
+    def _draft(self, chain: Chain) -> _Lowering:
+        layer = chain.layer
         reads, rest = layer.args[0], list(chain.nodes[1:])
         assert isinstance(reads, fx.Node)
         end, post, other = layer, PostOp(), chain.other
@@ -367,3 +384,25 @@ class _Rounded:
         with self.node.graph.inserting_before(self.node):
             arguments = (self.node.args[0], by.scale, by.zero_point, by.grid.low, by.grid.high)
             editing.replace(self.node, self.node.graph.call_function(to_uint8, arguments))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Shifted:
+    """A dequantisation of signed integers, which are unsigned now."""
+
+    node: fx.Node
+
+    def operate(self) -> None:
+        """Let it read those."""
+        self.node.args = (self.node.args[0], *_unsigned(per_tensor(self.node)).arguments)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Reshaped:
+    """A view that may not be one any more: kernels give their results channels last."""
+
+    node: fx.Node
+
+    def operate(self) -> None:
+        """Let it copy where it must."""
+        self.node.target = "reshape"

@@ -13,7 +13,7 @@ wish it only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import fx, nn
@@ -24,7 +24,7 @@ from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.editing import is_inplace
 from fxcompress.pass_base import PassContext
 
-__all__ = ["ACTIVATIONS", "Chain", "Placement", "Value", "chain_of", "is_carrier", "part_of", "place", "sources_of"]
+__all__ = ["ACTIVATIONS", "Chain", "Placement", "Value", "chains_of", "is_carrier", "part_of", "place", "sources_of"]
 
 _MOVING_CALLS = frozenset(
     "view reshape flatten permute transpose contiguous squeeze unsqueeze getitem narrow select expand unflatten "
@@ -117,7 +117,7 @@ def _added(context: PassContext, node: fx.Node, to: fx.Node) -> fx.Node | None:
     return others[0]
 
 
-def chain_of(context: PassContext, layer: fx.Node) -> Chain:
+def _chain_of(context: PassContext, layer: fx.Node) -> Chain:
     """``layer`` with the addition and the activation function after it, as far as nobody else reads what is between."""
     nodes, other = [layer], None
     readers = _readers(layer)
@@ -129,6 +129,17 @@ def chain_of(context: PassContext, layer: fx.Node) -> Chain:
     if len(readers) == 1 and _is_activation(context, readers[0]):
         nodes.append(readers[0])
     return Chain(layer, tuple(nodes), other)
+
+
+def chains_of(context: PassContext, layers: Iterable[fx.Node]) -> dict[fx.Node, Chain]:
+    """The chain of each of ``layers``, given in graph order. Of two that are added up the later one has the addition in
+    its chain; the other is alone."""
+    found = {layer: _chain_of(context, layer) for layer in layers}
+    takes = {chain.nodes[1]: layer for layer, chain in found.items() if chain.other is not None}
+    return {
+        layer: chain if chain.other is None or takes[chain.nodes[1]] is layer else Chain(layer, (layer,), None)
+        for layer, chain in found.items()
+    }
 
 
 def is_carrier(context: PassContext, node: fx.Node) -> bool:
@@ -196,14 +207,7 @@ def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Calla
     """
     nodes = list(context.gm.graph.nodes)
     memory = Memory(context.gm, lambda n: _is_tensor(context, n))
-    position = {node: i for i, node in enumerate(nodes)}
-    ends: dict[fx.Node, Chain] = {}
-    for node in nodes:
-        if chains(node):
-            chain = chain_of(context, node)
-            # Of two layers that are added up, the later one takes the addition along.
-            if chain.end not in ends or position[ends[chain.end].layer] < position[node]:
-                ends[chain.end] = chain
+    ends = {chain.end: chain for chain in chains_of(context, filter(chains, nodes)).values()}
     wishes: dict[fx.Node, set[fx.Node]] = {}
     scales, native = _Scales(), {e for e in ends if memory.writer_after(e) is None}
 

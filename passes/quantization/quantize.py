@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
 
 from fxcompress import matching
 from fxcompress.analysis.memory import Memory
+from fxcompress.analysis.moments import LARGEST_MOMENT, Moments, MomentsObserver
+from fxcompress.analysis.patches import READABLE
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.layers import CalledLayer, called_layers
@@ -25,7 +29,7 @@ from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext
 from fxcompress.passes.quantization.emission import write_layer
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver, Seen
-from fxcompress.passes.quantization.placement import Placement, Value, is_carrier, place
+from fxcompress.passes.quantization.placement import Placement, Value, is_carrier, place, sources_of
 from fxcompress.passes.quantization.vocabulary import (
     PerTensor,
     insert_dequantize,
@@ -33,7 +37,7 @@ from fxcompress.passes.quantization.vocabulary import (
     insert_quantize,
     is_weight_dequantize,
 )
-from fxcompress.passes.quantization.weights import LAYERS, Granularity, Layer, weight_as_integers
+from fxcompress.passes.quantization.weights import LAYERS, Granularity, Layer, missing_rows, weight_as_integers
 
 __all__ = ["Quantize"]
 
@@ -56,6 +60,10 @@ class Quantize(Pass):
         symmetric: activations as signed integers around a zero point of 0 instead of unsigned ones around any.
         observer: how ranges of activations follow from calibration data: ``"min-max"``, ``"moving-average"``,
             ``"percentile"``, ``"mse"`` or ``"entropy"``; see ``observers.py``.
+        rounding: of weights: to the ``"nearest"`` integers, or ``"adaptive"``, so that the layer's output changes least
+            on the calibration data, which pays below 8 bits; see ``rounding.py``.
+        correct_bias: where there is calibration data, let biases take up what the rounding of weights changes in the
+            mean (Nagel et al. 2019, arXiv 1906.04721, section 4.2).
         keep_ends: leave the first and the last layer as they are.
         overrides: for layers by glob pattern of their paths other ``weight_bits``, ``activation_bits`` or
             ``granularity``; of several patterns that match, later ones win.
@@ -70,6 +78,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    trainable: ClassVar[bool] = False
 
     weight_bits: int = 8
     activation_bits: int | None = 8
@@ -77,6 +86,8 @@ class Quantize(Pass):
     granularity: Granularity = "channel"
     symmetric: bool = False
     observer: str = "mse"
+    rounding: Literal["nearest", "adaptive"] = "nearest"
+    correct_bias: bool = True
     keep_ends: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
@@ -89,6 +100,8 @@ class Quantize(Pass):
             raise UsageError(
                 f"there is no observer {self.observer!r}; did you mean {near!r}? There are {', '.join(OBSERVERS)}"
             )
+        if self.rounding not in ("nearest", "adaptive"):
+            raise UsageError(f"rounding is 'nearest' or 'adaptive', got {self.rounding!r}")
         if self.dynamic and self.activation_bits is None:
             raise UsageError("dynamic is about activations, and activation_bits=None leaves them real; drop one")
         check_patterns(exclude=self.exclude, only=self.only)
@@ -100,27 +113,41 @@ class Quantize(Pass):
     # ------------------------------------------------------------------------------------------------- the contract
     def calibration_reads(self) -> int:
         """See :meth:`Pass.calibration_reads`."""
-        return int(self._is_static)
+        return 1
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`."""
         if context.gm.training:
             raise PreconditionError(f"{self.name}: the model is in training mode; call model.eval() before")
-        if self._is_static and context.batches is None:
+        if context.batches is not None:
+            return
+        if self._is_static:
             raise PreconditionError(
                 f"{self.name}: the scales of activations come from data; pass `calibration`, some ten batches like "
                 "those of use, or use dynamic=True or activation_bits=None"
             )
+        if self.rounding == "adaptive":
+            raise PreconditionError(f"{self.name}: adaptive rounding looks at data; pass `calibration`")
 
     def observes(self, context: PassContext) -> Iterable[Observation]:
         """See :meth:`Pass.observes`."""
-        if not self._is_static:
+        if context.batches is None:
             return
         found = _Found.of(self, context)
+        for called in found.layers:
+            layer = called.layer
+            if isinstance(layer, READABLE) and self._looks_at_inputs(called):
+                factory = partial(MomentsObserver, layer, second=self.rounding == "adaptive")
+                for source in called.sources:
+                    yield Observation(source, _inputs_of(called), factory)
+        if not self._is_static:
+            return
         for number, group in enumerate(found.placement.sharing()):
             shared = RangeObserver(self.observer)
+            members = {value.node for value in group}
             for value in group:
-                if not is_carrier(context, value.node):  # which has nothing that its sources have not
+                sources = sources_of(value.node) if is_carrier(context, value.node) else []
+                if not sources or not members.issuperset(sources):  # else it has nothing that these have not
                     yield Observation(value.node, _key(number), lambda shared=shared: shared)  # type: ignore[misc]
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
@@ -133,8 +160,15 @@ class Quantize(Pass):
                 yield Site(value.node, data, data.said())
         for called in found.layers:
             settings = found.settings[called.path]
-            detail = {"module": called.path, **settings}
-            yield Site(called.calls[0], _Weights(context.gm, called, **_of_weights(settings)), detail)
+            weights = _Weights(
+                context.gm,
+                called,
+                Grid.of_weights(settings["weight_bits"]),
+                settings["granularity"],
+                self._moments(context, called),
+                self.rounding == "adaptive",
+            )
+            yield Site(called.calls[0], weights, {"module": called.path, **settings})
         yield from found.refusals
 
     def rewrite(self, site: Site) -> Mapping[str, Any] | None:
@@ -161,7 +195,20 @@ class Quantize(Pass):
         _check_settings(**found)
         return found
 
-    # ------------------------------------------------------------------------------------------------- scales
+    # ------------------------------------------------------------------------------------------------- statistics
+    def _looks_at_inputs(self, called: CalledLayer[Layer]) -> bool:
+        """Whether what a layer reads is looked at, to round its weight by or to correct its bias."""
+        if self.rounding == "adaptive":
+            columns = math.prod(called.layer.weight.shape[1:])
+            groups = getattr(called.layer, "groups", 1)
+            return groups * columns**2 <= LARGEST_MOMENT
+        return self.correct_bias and called.layer.bias is not None
+
+    def _moments(self, context: PassContext, called: CalledLayer[Layer]) -> Moments | None:
+        found = (context.statistics.get((source, _inputs_of(called))) for source in called.sources)
+        merged = Moments.merged([m for m in found if m is not None])
+        return None if merged is None or not merged.is_finite() else merged
+
     def _grid(self, found: _Found, group: Iterable[Value]) -> Grid:
         readers = {reader for value in group for reader in value.readers}
         bits = [found.settings[c.path]["activation_bits"] for c in found.layers if readers.intersection(c.calls)]
@@ -186,6 +233,10 @@ def _key(number: int) -> str:
     return f"range {number}"
 
 
+def _inputs_of(called: CalledLayer[Layer]) -> str:
+    return f"inputs of {called.path}"
+
+
 def _check_settings(weight_bits: Any, activation_bits: Any, granularity: Any) -> None:
     if weight_bits not in range(2, 9):
         raise UsageError(f"weight_bits is 2 to 8, got {weight_bits!r}")
@@ -194,10 +245,6 @@ def _check_settings(weight_bits: Any, activation_bits: Any, granularity: Any) ->
     sized = isinstance(granularity, int) and not isinstance(granularity, bool) and granularity > 1
     if granularity not in ("tensor", "channel") and not sized:
         raise UsageError(f"granularity is 'tensor', 'channel' or a number of inputs above 1, got {granularity!r}")
-
-
-def _of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"grid": Grid.of_weights(settings["weight_bits"]), "granularity": settings["granularity"]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -304,14 +351,36 @@ def _last_input(node: fx.Node) -> fx.Node:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Weights:
-    """A layer whose weight becomes integers."""
+    """A layer whose weight becomes integers.
+
+    Attributes:
+        gm: the graph module.
+        called: the layer.
+        grid: of the integers.
+        granularity: of the scales.
+        moments: of what the layer reads, where that was looked at.
+        adaptive: whether to round by them.
+    """
 
     gm: fx.GraphModule
     called: CalledLayer[Layer]
     grid: Grid
     granularity: Granularity
+    moments: Moments | None
+    adaptive: bool
 
     def operate(self) -> dict[str, Any]:
-        weight = weight_as_integers(self.called.layer, self.grid, self.granularity)
-        write_layer(self.gm, self.called, weight)
-        return {"weight_error": weight.error}
+        """Put it in."""
+        layer, moments = self.called.layer, self.moments
+        corrects = moments is not None and layer.bias is not None
+        weighting = None
+        if moments is not None and self.adaptive:
+            weighting = moments.weighting(centred=corrects, shrinkage=0.0)
+        weight = weight_as_integers(layer, self.grid, self.granularity, weighting)
+        bias = None if layer.bias is None else layer.bias.detach()
+        if moments is not None and bias is not None:
+            missing = missing_rows(layer, weight).reshape(len(moments.mean), -1, moments.mean.shape[1])
+            change = (missing @ moments.mean[:, :, None]).flatten()
+            bias = (bias.double() + change.to(bias.device)).to(bias.dtype)
+        write_layer(self.gm, self.called, weight, bias)
+        return {"weight_error": weight.error, "rounding": "nearest" if weighting is None else "adaptive"}

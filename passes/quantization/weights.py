@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.passes.quantization.grid import Grid
+from fxcompress.passes.quantization.rounding import adaptive
 
-__all__ = ["LAYERS", "Granularity", "IntegerWeight", "Layer", "weight_as_integers"]
+__all__ = ["LAYERS", "Granularity", "IntegerWeight", "Layer", "missing_rows", "weight_as_integers"]
 
 Layer: TypeAlias = (
     nn.Linear
@@ -65,30 +66,62 @@ def _weight_of(layer: Layer, rows: Tensor) -> Tensor:
     return rows.reshape(layer.weight.shape)
 
 
-def weight_as_integers(layer: Layer, grid: Grid, granularity: Granularity) -> IntegerWeight:
-    """The weight of ``layer`` rounded to the nearest integers.
+def weight_as_integers(
+    layer: Layer, grid: Grid, granularity: Granularity, weighting: Tensor | None = None
+) -> IntegerWeight:
+    """The weight of ``layer`` as integers.
 
-    Scales are those with the least square error among 64 that clip more and more; where channels of a transposed
+    Scales are those with the least square error among 65 that clip more and more; where channels of a transposed
     convolution in groups cannot have scales of their own, which the operators have no word for, there is one for all.
+
+    Args:
+        layer: the layer.
+        grid: of the integers.
+        granularity: what has a scale of its own.
+        weighting: if given, rounding is adaptive (see ``rounding.py``): ``(groups, columns, columns)``, what counts of
+            a change of the weight.
     """
     axis = _axis(layer)
     rows = _rows_of(layer, layer.weight.detach().to("cpu", torch.float64))
     group = granularity if isinstance(granularity, int) and granularity < rows.shape[1] else 0
+    if group and rows.shape[1] % group:
+        group = 0
     parts = rows.reshape(-1, group) if group else rows
+    importance = None if weighting is None else _importance(weighting, rows).reshape(parts.shape)
     if granularity == "tensor" or axis is None:
-        scale = _best_scale(rows.reshape(1, -1), grid).expand(len(rows))
+        whole = None if importance is None else importance.reshape(1, -1)
+        scale = _best_scale(rows.reshape(1, -1), grid, whole).expand(len(rows))
     else:
-        scale = _best_scale(parts, grid)
-    integers = grid.round(parts, scale[:, None])
-    missing = float((integers * scale[:, None] - parts).norm())
+        scale = _best_scale(parts, grid, importance)
+    if weighting is None:
+        integers = grid.round(parts, scale[:, None]).reshape(rows.shape)
+    else:
+        integers = adaptive(rows, scale[:, None].expand_as(parts).reshape(rows.shape), grid, weighting)
+    missing = float((integers.reshape(parts.shape) * scale[:, None] - parts).norm())
     return IntegerWeight(
-        integers=_weight_of(layer, integers.reshape(rows.shape)).to(layer.weight.device, torch.int8),
+        integers=_weight_of(layer, integers).to(layer.weight.device, torch.int8),
         scale=_scales(layer, scale, axis).to(layer.weight.device, torch.float32),
         grid=grid,
         axis=None if group else (0 if axis is None else axis),
         group=group,
         error=missing / max(float(rows.norm()), torch.finfo(torch.float64).tiny),
     )
+
+
+def missing_rows(layer: Layer, weight: IntegerWeight) -> Tensor:
+    """The weight of ``layer`` less what ``weight`` stands for, a row for each output channel; float64."""
+    rows = _rows_of(layer, layer.weight.detach().to("cpu", torch.float64))
+    integers = _rows_of(layer, weight.integers.to("cpu", torch.float64))
+    scale = weight.scale.to("cpu", torch.float64)
+    if weight.group:
+        return rows - (integers.reshape(-1, weight.group) * scale[:, None]).reshape(rows.shape)
+    return rows - integers * (scale[:, None] if len(scale) == len(rows) else scale[0])
+
+
+def _importance(weighting: Tensor, rows: Tensor) -> Tensor:
+    """What counts of each weight by itself, of the shape of ``rows``."""
+    each = weighting.diagonal(dim1=1, dim2=2)
+    return each.repeat_interleave(len(rows) // len(each), dim=0)
 
 
 def _axis(layer: Layer) -> int | None:
@@ -104,14 +137,19 @@ def _scales(layer: Layer, scale: Tensor, axis: int | None) -> Tensor:
     return scale.clone()
 
 
-def _best_scale(rows: Tensor, grid: Grid) -> Tensor:
-    """For each row the scale, exact in float32, whose rounding has the least square error."""
+def _best_scale(rows: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """For each row the scale, exact in float32, whose rounding has the least (weighted) square error."""
+
+    def error(scale: Tensor) -> Tensor:
+        squares = (grid.nearest(rows, scale[:, None]) - rows).square()
+        return (squares if importance is None else squares * importance).sum(1)
+
     largest = rows.abs().amax(1)
     best = grid.scales(-largest, largest)[0]
-    least = (grid.nearest(rows, best[:, None]) - rows).square().sum(1)
+    least = error(best)
     for part in torch.linspace(0.3, 0.99, 64, dtype=torch.float64):
         scale = grid.scales(-largest * part, largest * part)[0]
-        error = (grid.nearest(rows, scale[:, None]) - rows).square().sum(1)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        found = error(scale)
+        better = found < least
+        best, least = torch.where(better, scale, best), torch.where(better, found, least)
     return best

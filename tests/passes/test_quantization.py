@@ -1,0 +1,335 @@
+"""Quantising, and the integer kernels that stand in for it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fxcompress
+from fxcompress.errors import PreconditionError, UsageError
+from fxcompress.passes.quantization import LowerInt8, Quantize
+from fxcompress.passes.quantization.grid import Grid
+from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp, to_uint8, unavailable
+from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver
+from fxcompress.passes.quantization.rounding import adaptive
+from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, quantize
+
+needs_kernels = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+GRIDS = [Grid.of_activations(bits, symmetric) for bits in (8, 16) for symmetric in (False, True)]
+
+
+class Residual(nn.Module):
+    """A sum of a convolution and what it read, read again later."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.late = late
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.first = nn.Conv2d(8, 8, 3, 1, 1)
+        self.second = nn.Conv2d(8, 8, 3, 1, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = (self.first(x) + x).relu()
+        y = y.view(y.shape[0], 8, 8, 8)
+        if self.late:
+            y = self.second(y) + self.second(x)
+        return self.head(F.max_pool2d(y, 2).mean((2, 3)))
+
+
+def data(count: int = 3, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def compiled(model: nn.Module, passes: list[Any], batches: list[Tensor] | None = None) -> Any:
+    batches = data() if batches is None else batches
+    return fxcompress.compile(model.eval(), passes, batches[0], calibration=batches)
+
+
+# --- scales and ranges ---
+
+
+@given(least=st.floats(-1e4, 0), greatest=st.floats(0, 1e4), grid=st.sampled_from(GRIDS), part=st.floats(0, 1))
+def test_rounding_errs_by_at_most_half_a_step(least: float, greatest: float, grid: Grid, part: float) -> None:
+    scale, zero_point = grid.scales(*(torch.tensor(v, dtype=torch.float64) for v in (least, greatest)))
+    x = torch.tensor(least + part * (greatest - least), dtype=torch.float64)
+    integer = grid.round(x, scale, zero_point)
+    near = grid.nearest(x, scale, zero_point)
+    assert grid.low <= integer <= grid.high
+    assert abs(near - x) <= scale * (1 if grid.is_signed else 1.5) / 2 * (1 + 1e-4)  # the zero point is rounded too
+    assert grid.nearest(near, scale, zero_point) == near
+    assert grid.nearest(torch.zeros_like(x), scale, zero_point) == 0
+
+
+@pytest.mark.parametrize("method", OBSERVERS)
+def test_ranges(method: str) -> None:
+    observer = RangeObserver(method)
+    values = torch.randn(4, 200_000, generator=torch.Generator().manual_seed(0))
+    values[0, 0] = 40.0  # one that is far away
+    for value in values:
+        observer.update(value)
+    seen, grid = observer.result(), Grid.of_activations(8, symmetric=False)
+    least, greatest = seen.range(grid)
+    assert seen.finite
+    assert -6 < least < -2
+    assert greatest >= 39 if method == "min-max" else greatest > 2
+    if method in ("percentile", "mse"):
+        assert greatest < 20
+    empty = RangeObserver(method)
+    empty.update(torch.zeros(0))
+    assert empty.result().range(grid) == (0.0, 0.0)
+    empty.update(torch.tensor([1.0, float("nan")]))
+    assert not empty.result().finite
+
+
+def test_a_value_that_is_never_negative_has_no_negative_range() -> None:
+    observer = RangeObserver("mse")
+    observer.update(torch.rand(1000))
+    observer.update(3 * torch.rand(1000))  # the histogram grows
+    assert observer.result().range(Grid.of_activations(8, symmetric=False))[0] == 0
+
+
+# --- the reference graph ---
+
+
+@given(seed=st.integers(0, 50), bits=st.sampled_from((2, 4, 8)), symmetric=st.booleans(), tensor=st.booleans())
+@settings(max_examples=20)
+def test_the_error_of_a_layer_is_within_the_bound_of_its_scales(
+    seed: int, bits: int, symmetric: bool, tensor: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Sequential(nn.Linear(7, 5))
+    layer[0].weight.data.copy_(torch.randn(5, 7, generator=generator))
+    x = torch.randn(4, 7, generator=generator)
+    pass_ = Quantize(bits, symmetric=symmetric, observer="min-max", correct_bias=False,
+                     granularity="tensor" if tensor else "channel")  # fmt: skip
+    found = compiled(layer, [pass_], [x])
+    by = next(d for d in fxcompress.report(found).passes[-1].details if "scale" in d)
+    held = found.get_submodule("0")
+    assert held.weight.dtype is torch.int8
+    missing = (layer[0].weight - held.weight * held.weight_scale[:, None]).abs()
+    bound = by["scale"] * 0.75 * layer[0].weight.abs().sum(1) + (x.abs() + by["scale"]) @ missing.T
+    assert ((found(x) - layer(x)).abs() <= bound + 1e-5).all()
+
+
+def test_what_is_stored_is_small() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(1024, 64))
+    record = fxcompress.report(compiled(model, [Quantize()])).passes[-1]
+    assert record.bytes_after < 0.27 * record.bytes_before
+    assert record.parameters_after == record.parameters_before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dynamic": True}, {"activation_bits": None}, {"activation_bits": 16}, {"granularity": 4}, {"symmetric": True},
+        {"weight_bits": 4, "rounding": "adaptive"}, {"overrides": {"stem": {"weight_bits": 3}}}, {"keep_ends": True},
+    ],
+)  # fmt: skip
+def test_options(options: dict[str, Any]) -> None:
+    model = Residual(late=False)
+    found = compiled(model, [Quantize(**options)])
+    x = data(1, seed=5)[0][:1]
+    assert float((found(x) - model(x)).norm().detach() / model(x).norm().detach()) < 0.4
+    assert (found.get_submodule("stem").weight.dtype is torch.int8) is not options.get("keep_ends", False)
+
+
+@given(seed=st.integers(0, 100))
+@settings(max_examples=30)
+def test_adaptive_rounding_is_near_the_best_there_is(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64) @ torch.randn(
+        4, 4, generator=generator, dtype=torch.float64
+    )
+    weighting, scale, grid = (x.mT @ x)[None], torch.tensor(0.7, dtype=torch.float64), Grid.of_weights(3)
+
+    def loss(integers: Tensor) -> Tensor:
+        missing = integers * scale - rows
+        return ((missing @ weighting[0]) * missing).sum(1)
+
+    found = adaptive(rows, scale, grid, weighting)
+    choices = torch.tensor(list(itertools.product(range(grid.low, grid.high + 1), repeat=4)), dtype=torch.float64)
+    best = torch.stack([loss_of.min() for loss_of in (_losses(choices, row, weighting[0], scale) for row in rows)])
+    assert (loss(found) >= best - 1e-9).all()
+    assert loss(found).sum() <= loss(grid.round(rows, scale)).sum() * 1.5 + 1e-9
+    for i, j in itertools.product(range(2), range(4)):  # no single change is better
+        for step in (-1, 1):
+            other = found.clone()
+            other[i, j] = (other[i, j] + step).clamp(grid.low, grid.high)
+            assert loss(found)[i] <= loss(other)[i] + 1e-9
+
+
+def _losses(choices: Tensor, row: Tensor, weighting: Tensor, scale: Tensor) -> Tensor:
+    missing = choices * scale - row
+    return ((missing @ weighting) * missing).sum(1)
+
+
+def test_bias_correction_takes_up_the_mean() -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(16, 8)), [torch.rand(64, 16) + 1 for _ in range(4)]
+    errors = {}
+    for corrects in (False, True):
+        found = compiled(model, [Quantize(3, activation_bits=None, correct_bias=corrects)], batches)
+        x = torch.cat(batches)
+        errors[corrects] = float((found(x) - model(x)).mean(0).abs().max())
+    assert errors[True] < 1e-5 < 0.01 < errors[False]
+
+
+# --- bad input ---
+
+
+def test_bad_options_are_refused() -> None:
+    for options in (
+        {"weight_bits": 9}, {"activation_bits": 4}, {"granularity": "row"}, {"observer": "mean"}, {"only": "a"},
+        {"rounding": "up"}, {"dynamic": True, "activation_bits": None}, {"overrides": {"a": {"bits": 3}}},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            Quantize(**options)  # type: ignore[arg-type]
+
+
+def test_bad_models_and_data_are_refused() -> None:
+    model, x = Residual(late=False).eval(), data(1)[0]
+    with pytest.raises(PreconditionError, match="calibration"):
+        fxcompress.compile(model, ["quantize"], x)
+    with pytest.raises(PreconditionError, match=r"model\.eval"):
+        fxcompress.compile(copy.deepcopy(model).train(), ["quantize"], x, calibration=[x])
+    with pytest.raises(PreconditionError, match="not finite"):
+        compiled(model, [Quantize()], [x, x * float("inf")])
+    with pytest.raises(PreconditionError, match="quantised already"):
+        compiled(compiled(model, [Quantize()]), [Quantize()])
+    with pytest.raises(UsageError, match="no module path"):
+        compiled(model, [Quantize(exclude=("nothing",))])
+    record = fxcompress.report(compiled(copy.deepcopy(model).double(), [Quantize()], [x.double()])).passes[-1]
+    assert record.sites == 0
+    assert "float64" in record.refusals[0].reason
+
+
+# --- kernels ---
+
+
+@st.composite
+def int8_layers(draw: st.DrawFn) -> tuple[Int8Layer, Tensor, Tensor | None]:
+    """A layer on integers, its input, and what it adds."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    linear, adds, real = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    posts = [PostOp(), PostOp("relu")]
+    if not adds:
+        posts += [PostOp("hardtanh", (0.0, 6.0)), PostOp("hardswish"), PostOp("swish")]
+        if linear:
+            posts += [PostOp("gelu", (), "none"), PostOp("gelu", (), "tanh"), PostOp("tanh")]
+    groups = draw(st.sampled_from((1, 2, 8)))
+    holder = nn.Module()
+    shape = (16, 8) if linear else (16, 8 // groups, *draw(st.sampled_from(((1, 1), (3, 3), (3, 1)))))
+    holder.weight = nn.Parameter(torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8), False)
+    if draw(st.booleans()):
+        holder.bias = nn.Parameter(torch.randn(16, generator=generator), False)
+    holder.register_buffer("weight_scale", torch.rand(16, generator=generator) * 0.01 + 0.001)
+    holder.register_buffer("weight_zero_point", torch.zeros(16, dtype=torch.int64))
+    unsigned = Grid.of_activations(8, symmetric=False)
+    given_, made, other = PerTensor(0.02, 120, unsigned), PerTensor(0.05, 90, unsigned), PerTensor(0.04, 30, unsigned)
+    integers_added = adds and not real and not linear
+    common = (holder, given_, None if real or (linear and adds) else made, draw(st.sampled_from(posts)), adds,
+              other if integers_added else None)  # fmt: skip
+    if linear:
+        layer: Int8Layer = Int8Linear(*common)
+        x = torch.randint(0, 256, (2, 3, 8), generator=generator, dtype=torch.uint8)
+    else:
+        padding, stride = draw(st.sampled_from(((0, 0), (1, 1), (1, 2)))), draw(st.sampled_from((1, 2)))
+        layer = Int8Conv(*common, stride=[stride] * 2, padding=list(padding), dilation=[1, 1], groups=groups)
+        x = torch.randint(0, 256, (2, 8, 6, 5), generator=generator, dtype=torch.uint8)
+    added = None
+    if adds:
+        like = layer.reference(x)
+        added = torch.randint(0, 256, like.shape, generator=generator, dtype=torch.uint8)
+        added = added if integers_added else dequantize(added, other)
+    return layer, x, added
+
+
+@needs_kernels
+@given(case=int8_layers())
+@settings(deadline=None)
+def test_a_kernel_is_its_reference_within_a_quantum(case: tuple[Int8Layer, Tensor, Tensor | None]) -> None:
+    layer, x, added = case
+    expected = layer.reference(x, added)
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        found = other(x, None if added is None else added.clone())
+        assert found.shape == expected.shape
+        assert found.dtype == expected.dtype
+        if expected.dtype is torch.uint8:
+            assert int((found.int() - expected.int()).abs().max()) <= 1
+        else:
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@given(seed=st.integers(0, 100), zero_point=st.integers(0, 255))
+def test_rounding_at_the_border(seed: int, zero_point: int) -> None:
+    x = torch.randn(200, generator=torch.Generator().manual_seed(seed))
+    expected = quantize(x, PerTensor(0.03, zero_point, Grid(0, 255, torch.uint8)))
+    assert int((to_uint8(x, 0.03, zero_point, 0, 255).int() - expected.int()).abs().max()) <= 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_lowering_keeps_what_the_reference_gives(late: bool, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    model = Residual(late)
+    reference = compiled(model, [Quantize(symmetric=symmetric)])
+    lowered = compiled(reference, [LowerInt8()])
+    for x in (data(1, seed=7)[0], data(1, seed=8)[0][:1]):
+        expected = reference(x)
+        for other in (lowered, copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered))):
+            assert float((other(x) - expected).norm() / expected.norm()) < 0.03
+            assert torch.equal(other(x), other(x)), "a call leaves nothing behind"
+    layers = [m for m in lowered.modules() if isinstance(m, Int8Layer)]
+    assert len(layers) == (5 if late else 3)
+    record = fxcompress.report(lowered).passes[-1]
+    assert {"integers", None} >= {d["adds"] for d in record.details if d["op"] == "layer"} - {"reals"}
+
+
+@needs_kernels
+def test_loaded_weights_are_packed_anew() -> None:
+    batches = data()
+    torch.manual_seed(0)
+    first = compiled(Residual(late=False), ["quantize", "lower-int8"], batches)
+    first(batches[0])
+    changed = {k: torch.zeros_like(v) if k == "stem.weight" else v for k, v in first.state_dict().items()}
+    other = copy.deepcopy(first)
+    other(batches[0])
+    other.load_state_dict(changed)
+    assert not torch.equal(other(batches[0]), first(batches[0]))
+    assert torch.equal(other(batches[0]), copy.deepcopy(other)(batches[0]))
+
+
+def test_without_kernels_the_graph_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompress.passes.quantization.lower_int8.unavailable", lambda: "there are none")
+    reference = compiled(Residual(late=False), [Quantize()])
+    found = compiled(reference, [LowerInt8()])
+    record = fxcompress.report(found).passes[-1]
+    assert record.sites == 0
+    assert {r.reason for r in record.refusals} == {"there are none"}
+    assert found.code == reference.code
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_both_roads_to_integer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.freezing", True)
+    reference = compiled(Residual(late=False), [Quantize()])
+    lowered, x = compiled(reference, [LowerInt8()]), data(1, seed=7)[0]
+    with torch.no_grad():
+        for graph in (reference, lowered):
+            torch._dynamo.reset()
+            assert float((torch.compile(graph)(x) - reference(x)).norm() / reference(x).norm()) < 0.03
