@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from torch import fx, nn
@@ -13,7 +13,19 @@ from fxcompress import matching
 from fxcompress.analysis.memory import Memory
 from fxcompress.pass_base import PassContext, Refusal
 
-__all__ = ["CalledLayer", "called_layers"]
+__all__ = ["LAYERS", "CalledLayer", "Layer", "called_layers"]
+
+Layer: TypeAlias = (
+    nn.Linear
+    | nn.Conv1d
+    | nn.Conv2d
+    | nn.Conv3d
+    | nn.ConvTranspose1d
+    | nn.ConvTranspose2d
+    | nn.ConvTranspose3d
+)  # fmt: skip
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 L = TypeVar("L", bound=nn.Module)
 

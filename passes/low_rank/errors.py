@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import UsageError
-from fxcompress.passes.low_rank.folding import Folding, Layer
+from fxcompress.layers import Layer
+from fxcompress.passes.low_rank.folding import Folding
 from fxcompress.passes.low_rank.spectra import Spectrum, factors
 
 __all__ = [

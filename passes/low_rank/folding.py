@@ -26,28 +26,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from fxcompress.layers import Layer
 from fxcompress.modules import GroupedLinear
 
-__all__ = ["LAYERS", "SCHEMES", "Choice", "Folding", "Layer", "slices_of"]
+__all__ = ["SCHEMES", "Choice", "Folding", "slices_of"]
 
-Layer: TypeAlias = (
-    nn.Linear
-    | nn.Conv1d
-    | nn.Conv2d
-    | nn.Conv3d
-    | nn.ConvTranspose1d
-    | nn.ConvTranspose2d
-    | nn.ConvTranspose3d
-)  # fmt: skip
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 
 SCHEMES = (0, 1, 2, 3)
 

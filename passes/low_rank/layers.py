@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from fxcompress import editing, matching
 from fxcompress.analysis.moments import Moments
 from fxcompress.analysis.shapes import TensorSpec
-from fxcompress.layers import CalledLayer, called_layers
+from fxcompress.layers import LAYERS, CalledLayer, Layer, called_layers
 from fxcompress.pass_base import PassContext
-from fxcompress.passes.low_rank.folding import LAYERS, Choice, Folding, Layer, slices_of
+from fxcompress.passes.low_rank.folding import Choice, Folding, slices_of
 from fxcompress.passes.low_rank.moments import given_by_mean, takes_up_mean, weighting_of
 from fxcompress.passes.low_rank.spectra import factors
 from fxcompress.passes.low_rank.tables import Places, between

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fxcompress.analysis.moments import LARGEST_MOMENT, Moments, MomentsObserver
 from fxcompress.analysis.patches import READABLE
-from fxcompress.passes.low_rank.folding import Folding, Layer
+from fxcompress.layers import Layer
+from fxcompress.passes.low_rank.folding import Folding
 
 __all__ = ["few_rows", "given_by_mean", "observer_of", "takes_up_mean", "unobservable", "weighting_of"]
 

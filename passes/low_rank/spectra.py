@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fxcompress.passes.low_rank.folding import Folding, Layer, slices_of
+from fxcompress.layers import Layer
+from fxcompress.passes.low_rank.folding import Folding, slices_of
 
 __all__ = ["Spectrum", "factors", "spectra"]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import PreconditionError
+from fxcompress.layers import Layer
 from fxcompress.passes.low_rank.errors import ErrorMeasure, Scale
-from fxcompress.passes.low_rank.folding import Choice, Folding, Layer
+from fxcompress.passes.low_rank.folding import Choice, Folding
 from fxcompress.passes.low_rank.moments import unobservable
 from fxcompress.passes.low_rank.spectra import spectra
 

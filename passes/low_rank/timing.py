@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fxcompress.analysis.latency import compare_latency
 from fxcompress.analysis.shapes import TensorSpec
-from fxcompress.passes.low_rank.folding import Choice, Folding, Layer
+from fxcompress.layers import Layer
+from fxcompress.passes.low_rank.folding import Choice, Folding
 from fxcompress.passes.low_rank.tables import Table
 
 __all__ = ["seconds_of", "worth_timing"]

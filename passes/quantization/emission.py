@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcompress import editing, matching
-from fxcompress.layers import CalledLayer
+from fxcompress.layers import CalledLayer, Layer
 from fxcompress.passes.quantization.vocabulary import insert_dequantize_channels, insert_dequantize_groups
-from fxcompress.passes.quantization.weights import IntegerWeight, Layer
+from fxcompress.passes.quantization.weights import IntegerWeight
 
 __all__ = ["write_layer"]
 

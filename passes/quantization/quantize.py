@@ -23,7 +23,7 @@ from fxcompress.analysis.moments import LARGEST_MOMENT, Moments, MomentsObserver
 from fxcompress.analysis.patches import READABLE
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.layers import CalledLayer, called_layers
+from fxcompress.layers import LAYERS, CalledLayer, Layer, called_layers
 from fxcompress.matching import check_patterns, check_patterns_match
 from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
 from fxcompress.passes.quantization.emission import write_layer
@@ -37,7 +37,7 @@ from fxcompress.passes.quantization.vocabulary import (
     insert_quantize,
     is_weight_dequantize,
 )
-from fxcompress.passes.quantization.weights import LAYERS, Granularity, Layer, missing_rows, weight_as_integers
+from fxcompress.passes.quantization.weights import Granularity, missing_rows, weight_as_integers
 
 __all__ = ["Quantize"]
 

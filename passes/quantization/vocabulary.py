@@ -1,7 +1,7 @@
 """Quantize and dequantize nodes: the operators of the ``quantized_decomposed`` library, in one place.
 
 They are what PyTorch's own exporters and compilers (Inductor, ExecuTorch) understand; each is plain arithmetic and runs
-anywhere. Importing the module that registers them is all that leans on where PyTorch keeps it.
+anywhere. They are registered by ``fxcompress/recording/internals.py``, where all that leans on one torch version is.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import operator
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import Tensor, fx
 
 from fxcompress.passes.quantization.grid import Grid
+from fxcompress.recording import internals as _registers  # noqa: F401
 
 __all__ = [
     "PerTensor",

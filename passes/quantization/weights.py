@@ -8,22 +8,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fxcompress.layers import Layer
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.rounding import adaptive
 
-__all__ = ["LAYERS", "Granularity", "IntegerWeight", "Layer", "missing_rows", "weight_as_integers"]
+__all__ = ["Granularity", "IntegerWeight", "missing_rows", "weight_as_integers"]
 
-Layer: TypeAlias = (
-    nn.Linear
-    | nn.Conv1d
-    | nn.Conv2d
-    | nn.Conv3d
-    | nn.ConvTranspose1d
-    | nn.ConvTranspose2d
-    | nn.ConvTranspose3d
-)  # fmt: skip
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 Granularity: TypeAlias = Literal["tensor", "channel"] | int
 

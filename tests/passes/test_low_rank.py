@@ -19,11 +19,12 @@ import fxcompress
 from fxcompress.analysis.latency import Latency
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError, UsageError
+from fxcompress.layers import Layer
 from fxcompress.modules import GroupedLinear
 from fxcompress.passes.low_rank import ERRORS, Alds, AldsPlus, alds, plot_ranks
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import Scale
-from fxcompress.passes.low_rank.folding import SCHEMES, Choice, Folding, Layer, slices_of
+from fxcompress.passes.low_rank.folding import SCHEMES, Choice, Folding, slices_of
 from fxcompress.passes.low_rank.moments import observer_of
 from fxcompress.passes.low_rank.spectra import factors, spectra
 from fxcompress.passes.low_rank.timing import seconds_of

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,6 +188,16 @@ def test_bias_correction_takes_up_the_mean() -> None:
         x = torch.cat(batches)
         errors[corrects] = float((found(x) - model(x)).mean(0).abs().max())
     assert errors[True] < 1e-5 < 0.01 < errors[False]
+
+
+def test_a_pickle_runs_in_a_new_process(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    found = compiled(model, [Quantize()], [x])
+    torch.save((found, x), tmp_path / "graph.pt")
+    script = "import sys, torch; gm, x = torch.load(sys.argv[1], weights_only=False); print(float(gm(x).sum()))"
+    command = [sys.executable, "-c", script, str(tmp_path / "graph.pt")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(printed) == pytest.approx(float(found(x).sum()), rel=1e-5)
 
 
 # --- bad input ---
