@@ -68,19 +68,23 @@ class LowerInt8(Pass):
             for lowering in found.lowerings:
                 yield Refusal(lowering.layer, reason)
             return
+        if found.lowerings:
+            yield from self._sites(context, found)
+        yield from found.refusals
+
+    def _sites(self, context: PassContext, found: _Found) -> Iterator[Site]:
         for lowering in found.lowerings:
             yield Site(lowering.layer, lowering, lowering.said())
         memory = Memory(context.gm, lambda node: isinstance(context.shapes[node], TensorSpec))
-        for node in context.gm.graph.nodes if found.lowerings else ():
+        for node in context.gm.graph.nodes:
             if node.op == "call_method" and node.target == "view" and memory.writer_after(node) is None:
                 yield Site(node, _Reshaped(node), {"op": "reshape"})
             if is_dequantize(node) and node.args[-1] is torch.int8:
                 yield Site(node, _Shifted(node), {"op": "shift"})
-        for node in context.gm.graph.nodes if found.lowerings else ():
+        for node in context.gm.graph.nodes:
             if is_quantize(node) and node not in found.absorbed and node.args[-1] in _EIGHT_BITS:
                 moved = _Moved.of(context, node)
                 yield Site(node, moved or _Rounded(node), {"op": "round" if moved is None else "move"})
-        yield from found.refusals
 
     def rewrite(self, site: Site) -> None:
         """See :meth:`Pass.rewrite`."""
@@ -137,7 +141,8 @@ class _Lowering:
         return self.end if self.rounds is None else self.rounds
 
     @property
-    def _addition(self) -> fx.Node:
+    def addition(self) -> fx.Node:
+        """The node that adds :attr:`other`, if there is one."""
         return (*self.inner[::-1], self.end)[1]
 
     def said(self) -> dict[str, Any]:
@@ -158,7 +163,7 @@ class _Lowering:
             arguments: list[Any] = [self.reads.args[0]]
             if self.other is not None:
                 # Another kernel may have taken the place of what was to be added since.
-                other = next(a for a in self._addition.args if a is not self.layer)
+                other = next(a for a in self.addition.args if a is not self.layer)
                 assert isinstance(other, fx.Node), "the sum of two tensors"
                 added = other.args[0] if self.adds_integers else other
                 arguments.append(graph.call_method("clone", (added,)) if self.keeps_other else added)
@@ -198,9 +203,8 @@ class _Found:
         self.absorbed = {d.rounds for d in drafts if d.rounds is not None}
         self._runs_at: dict[fx.Node, int] = {}
         for draft in drafts:
-            for part in (draft.layer, draft.end, *draft.end.all_input_nodes):
-                if part is draft.layer or draft.other in part.all_input_nodes:
-                    self._runs_at[part] = self._position[draft.last]
+            for part in (draft.layer,) if draft.other is None else (draft.layer, draft.addition):
+                self._runs_at[part] = self._position[draft.last]
         self.lowerings = [dataclasses.replace(d, keeps_other=self._keeps_other(d)) for d in drafts]
 
     def _obstacle(self, node: fx.Node) -> str | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
 from torch import fx, nn
 
 from fxcompress import matching
@@ -23,8 +22,9 @@ from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.editing import is_inplace
 from fxcompress.pass_base import PassContext
+from fxcompress.passes.quantization.vocabulary import REAL_DTYPES
 
-__all__ = ["ACTIVATIONS", "Chain", "Placement", "Value", "chains_of", "is_carrier", "part_of", "place", "sources_of"]
+__all__ = ["Chain", "Placement", "Value", "chains_of", "is_carrier", "part_of", "place", "sources_of"]
 
 _MOVING_CALLS = frozenset(
     "view reshape flatten permute transpose contiguous squeeze unsqueeze getitem narrow select expand unflatten "
@@ -38,10 +38,9 @@ _MOVING_MODULES = (
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
 )  # fmt: skip
-ACTIVATIONS = frozenset("relu relu6 hardtanh hardswish silu gelu tanh leaky_relu clamp".split())
+_ACTIVATIONS = frozenset("relu relu6 hardtanh hardswish silu gelu tanh leaky_relu clamp".split())
 _ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Tanh, nn.LeakyReLU)
 _ASKING_CALLS = frozenset("size dim numel getattr is_floating_point".split())
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 def _is_activation(context: PassContext, node: fx.Node) -> bool:
     if matching.called(context.gm, node, *_ACTIVATION_MODULES) is not None:
         return True
-    return matching.is_call(node, ACTIVATIONS) and len(node.all_input_nodes) == 1
+    return matching.is_call(node, _ACTIVATIONS) and len(node.all_input_nodes) == 1
 
 
 def _added(context: PassContext, node: fx.Node, to: fx.Node) -> fx.Node | None:
@@ -162,7 +161,7 @@ def _is_tensor(context: PassContext, node: fx.Node) -> bool:
 
 def _is_real(context: PassContext, node: fx.Node) -> bool:
     spec = context.shapes[node]
-    return isinstance(spec, TensorSpec) and spec.dtype in _FLOATS
+    return isinstance(spec, TensorSpec) and spec.dtype in REAL_DTYPES
 
 
 class _Scales:

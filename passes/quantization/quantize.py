@@ -31,6 +31,7 @@ from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver, Seen
 from fxcompress.passes.quantization.placement import Placement, Value, is_carrier, place, sources_of
 from fxcompress.passes.quantization.vocabulary import (
+    REAL_DTYPES,
     PerTensor,
     insert_dequantize,
     insert_dynamic_pair,
@@ -40,8 +41,6 @@ from fxcompress.passes.quantization.vocabulary import (
 from fxcompress.passes.quantization.weights import Granularity, missing_rows, weight_as_integers
 
 __all__ = ["Quantize"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +70,8 @@ class Quantize(Pass):
         only: glob patterns of paths of layers; others stay as they are.
 
     There is a site for each layer (detail: ``module``, ``weight_bits``, ``activation_bits``, ``granularity``,
-    ``weight_error`` relative to the norm of the weight) and for each value that is rounded (``value``, ``scale``,
-    ``zero_point``, ``range``).
+    ``weight_error`` relative to the norm of the weight) and for each value that is rounded (``value``, ``bits``,
+    and unless it is dynamic ``scale``, ``zero_point``).
     """
 
     name: ClassVar[str] = "quantize"
@@ -154,9 +153,10 @@ class Quantize(Pass):
         """See :meth:`Pass.sites`: values first, then layers."""
         found = _Found.of(self, context)
         for number, group in enumerate(found.placement.sharing()):
-            by = None if self.dynamic else self._scale(context, found, number, group)
+            grid = self._grid(found, group)
+            by = None if self.dynamic else self._scale(context, grid, number, group)
             for value in group:
-                data = _Rounding(context.gm, value, by, self._grid(found, group), context.shapes.dtype(value.node))
+                data = _Rounding(context.gm, value, by, grid, context.shapes.dtype(value.node))
                 yield Site(value.node, data, data.said())
         for called in found.layers:
             settings = found.settings[called.path]
@@ -214,8 +214,7 @@ class Quantize(Pass):
         bits = [found.settings[c.path]["activation_bits"] for c in found.layers if readers.intersection(c.calls)]
         return Grid.of_activations(max((b for b in bits if b), default=self.activation_bits or 8), self.symmetric)
 
-    def _scale(self, context: PassContext, found: _Found, number: int, group: tuple[Value, ...]) -> PerTensor:
-        grid = self._grid(found, group)
+    def _scale(self, context: PassContext, grid: Grid, number: int, group: tuple[Value, ...]) -> PerTensor:
         results = (context.statistics.get((value.node, _key(number))) for value in group)
         seen: Seen = next(r for r in results if r is not None)
         where = matching.describe(context.gm, group[0].node)
@@ -292,7 +291,7 @@ def _clearer(refusal: Refusal) -> Refusal:
 
 def _obstacle(called: CalledLayer[Any], context: PassContext, memory: Memory) -> str | None:
     weight = called.layer.weight
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in REAL_DTYPES:
         return f"its weight is {weight.dtype}, and the operators take float32, float16 and bfloat16; use model.float()"
     if not bool(torch.isfinite(weight).all()):
         raise PreconditionError(f"the weight of {called.path!r} is not finite; repair it or exclude the layer")
@@ -300,7 +299,7 @@ def _obstacle(called: CalledLayer[Any], context: PassContext, memory: Memory) ->
         return "what it reads is written to in place before it does"
     if any(source.op == "get_attr" for source in called.sources):
         return "reads a constant"
-    if any(context.shapes.dtype(source) not in _DTYPES for source in called.sources):
+    if any(context.shapes.dtype(source) not in REAL_DTYPES for source in called.sources):
         return "reads another dtype than float32, float16 or bfloat16"
     return None
 
@@ -326,20 +325,13 @@ class _Rounding:
 
     def operate(self) -> None:
         node = self.value.node
-        with self.gm.graph.inserting_after(_last_input(node)):
+        with self.gm.graph.inserting_before(_last_input(node).next):
             if self.by is None:
-                rounded = self._dynamic(node)
+                rounded = insert_dynamic_pair(node, self.grid, self.dtype)
             else:
-                integers = insert_quantize(node, self.by)
-                with self.gm.graph.inserting_after(integers):
-                    rounded = insert_dequantize(integers, self.by, self.dtype)
+                rounded = insert_dequantize(insert_quantize(node, self.by), self.by, self.dtype)
         for reader in self.value.readers:
             reader.replace_input_with(node, rounded)
-
-    def _dynamic(self, node: fx.Node) -> fx.Node:
-        after = _last_input(node).next
-        with self.gm.graph.inserting_before(after):
-            return insert_dynamic_pair(node, self.grid, self.dtype)
 
 
 def _last_input(node: fx.Node) -> fx.Node:

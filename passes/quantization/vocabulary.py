@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.passes.quantization.grid import Grid
-from fxcompress.recording import internals as _registers  # noqa: F401
 
 __all__ = [
+    "REAL_DTYPES",
     "PerTensor",
     "dequantize",
     "dequantize_channels",
@@ -32,6 +32,8 @@ __all__ = [
     "quantize",
 ]
 
+REAL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the operators take."""
 _OPS: Any = torch.ops.quantized_decomposed
 _QUANTIZE = _OPS.quantize_per_tensor.default
 _DEQUANTIZE = _OPS.dequantize_per_tensor.default
