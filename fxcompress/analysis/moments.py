@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxcompress.analysis.patches import Readable, output_places, rows_at
 
-__all__ = ["LARGEST_MOMENT", "Moments", "MomentsObserver"]
+__all__ = ["LARGEST_MOMENT", "Moments", "MomentsObserver", "as_double"]
 
 LARGEST_MOMENT = 2**27
 """A second moment should have at most as many elements: 1 GiB, 11,585 columns."""
@@ -18,6 +18,11 @@ _CONSTANT = 1e-12
 """A variance of no more than this part of the mean square is rounding."""
 _PLACES = 64
 """Of each sample as many places are looked at, drawn from a fixed seed."""
+
+
+def as_double(values: Tensor) -> Tensor:
+    """``values`` in float64, where they are if that has float64."""
+    return (values.detach().cpu() if values.device.type == "mps" else values.detach()).double()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

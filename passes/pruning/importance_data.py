@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.analysis.channels import ChannelGroups, Group, Labelled
+from fxcompress.analysis.moments import as_double
 from fxcompress.calibration import collect
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.pass_base import Observation, PassContext
-from fxcompress.passes.pruning.scoring import Coupled, Scorer, as_double, producers
+from fxcompress.passes.pruning.scoring import Coupled, Scorer, producers
 
 __all__ = ["Activation"]
 

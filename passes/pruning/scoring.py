@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.analysis.channels import ChannelGroups, Group, Member
+from fxcompress.analysis.moments import as_double
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.pass_base import PassContext
 
-__all__ = ["Coupled", "Importance", "Scorer", "as_double", "per_channel", "per_index", "producers", "weights"]
+__all__ = ["Coupled", "Importance", "Scorer", "per_channel", "per_index", "producers", "weights"]
 
 Scorer: TypeAlias = Callable[[Group], Tensor]
 """From a group to one number for each of its channels, larger for what matters more; of shape ``(channels,)``."""
@@ -123,11 +124,6 @@ def weights(group: Group) -> tuple[Member, ...]:
 def producers(group: Group) -> tuple[Member, ...]:
     """The weights of the layers that make the channels of ``group``; where no layer is known, what it is named for."""
     return tuple(m for m in group.members if m.produces) or group.members[:1]
-
-
-def as_double(values: Tensor) -> Tensor:
-    """``values`` in float64, where they are if that has float64."""
-    return (values.detach().cpu() if values.device.type == "mps" else values.detach()).double()
 
 
 def per_index(values: Tensor, dim: int, of: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
