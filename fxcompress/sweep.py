@@ -28,15 +28,18 @@ class Sweep:
             changed in one is to be changed in both.
         was: nodes of ``gm`` to those of ``original``; others are new.
         data: the calibration data.
+
+    Attributes:
+        twin: the copy that runs.
     """
 
     def __init__(
         self, original: fx.GraphModule, gm: fx.GraphModule, was: Mapping[fx.Node, fx.Node], data: list[Example]
     ) -> None:
-        self._twin, self._was = private_copy(gm).eval(), was
-        self._todo: Iterator[Any] = zip(list(gm.graph.nodes), list(self._twin.graph.nodes), strict=True)
+        self.twin, self._was = private_copy(gm).eval(), was
+        self._todo: Iterator[Any] = zip(list(gm.graph.nodes), list(self.twin.graph.nodes), strict=True)
         self._before = [SteppedRun(original, batch.args, batch.kwargs) for batch in data]
-        self._now = [SteppedRun(self._twin, batch.args, batch.kwargs) for batch in data]
+        self._now = [SteppedRun(self.twin, batch.args, batch.kwargs) for batch in data]
         self._halted: fx.Node | None = None
         tensors = [*gm.parameters(), *gm.buffers()]
         self.cuda = sorted({t.device.index for t in tensors if t.is_cuda})
@@ -63,7 +66,7 @@ class Sweep:
         source = matching.tensor_input(twin)
         assert source is not None, "a layer reads a tensor"
         values = [(n.env[source], b.env[before]) for b, n in zip(self._before, self._now, strict=True)]
-        return self._twin.get_submodule(str(twin.target)), values
+        return self.twin.get_submodule(str(twin.target)), values
 
     def _step(self, node: fx.Node) -> None:
         for run in self._now:

@@ -67,9 +67,13 @@ class Refit:
         """Of rows x and of what is missing at the outputs."""
         return self._spanned if self.basis is None else self._spanned.lifted(self.basis)
 
-    def change(self) -> tuple[Tensor, Tensor] | None:
-        """The best D, of the shape of :attr:`weight`, and s, ``(groups, 1, outputs)``; ``None`` if none is good."""
-        d = None if self.ridge is None else self._spanned.solution(self.ridge)
+    def change(self, least: float = 0.0) -> tuple[Tensor, Tensor] | None:
+        """The best D, of the shape of :attr:`weight`, and s, ``(groups, 1, outputs)``; ``None`` if none is good.
+
+        Args:
+            least: the lambda if :attr:`ridge` is smaller.
+        """
+        d = None if self.ridge is None else self._spanned.solution(max(self.ridge, least))
         if d is None:
             return None
         return (d if self.basis is None else self.basis @ d), self._spanned.shift(d)

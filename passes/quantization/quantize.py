@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,7 @@ from torch import fx
 
 from fxcompress import matching
 from fxcompress.analysis.memory import Memory
-from fxcompress.analysis.moments import LARGEST_MOMENT, Moments, MomentsObserver
+from fxcompress.analysis.moments import Moments, MomentsObserver
 from fxcompress.analysis.patches import READABLE
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError, UsageError
@@ -30,6 +29,7 @@ from fxcompress.passes.quantization.emission import write_layer
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver, Seen
 from fxcompress.passes.quantization.placement import Placement, Value, is_carrier, place, sources_of
+from fxcompress.passes.quantization.sequential import Rounded, SequentialRounding, has_moments
 from fxcompress.passes.quantization.vocabulary import (
     REAL_DTYPES,
     PerTensor,
@@ -112,7 +112,7 @@ class Quantize(Pass):
     # ------------------------------------------------------------------------------------------------- the contract
     def calibration_reads(self) -> int:
         """See :meth:`Pass.calibration_reads`."""
-        return 1
+        return 2 if self.rounding == "adaptive" else 1
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`."""
@@ -158,6 +158,10 @@ class Quantize(Pass):
             for value in group:
                 data = _Rounding(context.gm, value, by, grid, context.shapes.dtype(value.node))
                 yield Site(value.node, data, data.said())
+        sequential = None
+        if self.rounding == "adaptive":
+            assert context.batches is not None, "asked for in requires()"
+            sequential = SequentialRounding(context.gm, context.batches)
         for called in found.layers:
             settings = found.settings[called.path]
             weights = _Weights(
@@ -166,7 +170,7 @@ class Quantize(Pass):
                 Grid.of_weights(settings["weight_bits"]),
                 settings["granularity"],
                 self._moments(context, called),
-                self.rounding == "adaptive",
+                sequential,
             )
             yield Site(called.calls[0], weights, {"module": called.path, **settings})
         yield from found.refusals
@@ -199,9 +203,7 @@ class Quantize(Pass):
     def _looks_at_inputs(self, called: CalledLayer[Layer]) -> bool:
         """Whether what a layer reads is looked at, to round its weight by or to correct its bias."""
         if self.rounding == "adaptive":
-            columns = math.prod(called.layer.weight.shape[1:])
-            groups = getattr(called.layer, "groups", 1)
-            return groups * columns**2 <= LARGEST_MOMENT
+            return not SequentialRounding.takes(called) and has_moments(called)
         return self.correct_bias and called.layer.bias is not None
 
     def _moments(self, context: PassContext, called: CalledLayer[Layer]) -> Moments | None:
@@ -351,7 +353,7 @@ class _Weights:
         grid: of the integers.
         granularity: of the scales.
         moments: of what the layer reads, where that was looked at.
-        adaptive: whether to round by them.
+        sequential: rounds adaptively, if that is wanted.
     """
 
     gm: fx.GraphModule
@@ -359,20 +361,31 @@ class _Weights:
     grid: Grid
     granularity: Granularity
     moments: Moments | None
-    adaptive: bool
+    sequential: SequentialRounding | None
 
     def operate(self) -> dict[str, Any]:
         """Put it in."""
+        if self.sequential is not None:
+            self.sequential.start()
+        rounded = None
+        if self.sequential is not None and self.sequential.takes(self.called):
+            rounded = self.sequential.round(self.called, self.grid, self.granularity)
+        rounded = self._alone() if rounded is None else rounded
+        if self.sequential is not None:
+            self.sequential.put(self.called, rounded.weight, rounded.bias)
+        write_layer(self.gm, self.called, rounded.weight, rounded.bias)
+        return {"weight_error": rounded.weight.error, **rounded.detail}
+
+    def _alone(self) -> Rounded:
+        """Without regard to other layers."""
         layer, moments = self.called.layer, self.moments
-        corrects = moments is not None and layer.bias is not None
         weighting = None
-        if moments is not None and self.adaptive:
-            weighting = moments.weighting(centred=corrects, shrinkage=0.0)
+        if moments is not None and self.sequential is not None:
+            weighting = moments.weighting(centred=layer.bias is not None, shrinkage=0.0)
         weight = weight_as_integers(layer, self.grid, self.granularity, weighting)
         bias = None if layer.bias is None else layer.bias.detach()
         if moments is not None and bias is not None:
             missing = missing_rows(layer, weight).reshape(len(moments.mean), -1, moments.mean.shape[1])
             change = (missing @ moments.mean[:, :, None]).flatten()
             bias = (bias.double() + change.to(bias.device)).to(bias.dtype)
-        write_layer(self.gm, self.called, weight, bias)
-        return {"weight_error": weight.error, "rounding": "nearest" if weighting is None else "adaptive"}
+        return Rounded(weight, bias, {"rounding": "nearest" if weighting is None else "adaptive"})

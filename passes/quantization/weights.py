@@ -12,7 +12,7 @@ from fxcompress.layers import Layer
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.rounding import adaptive
 
-__all__ = ["Granularity", "IntegerWeight", "missing_rows", "weight_as_integers"]
+__all__ = ["Granularity", "IntegerWeight", "missing_rows", "real_rows", "rows_as_weight", "weight_as_integers"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -48,8 +48,8 @@ def _rows_of(layer: Layer, weight: Tensor) -> Tensor:
     return weight.reshape(len(weight), -1)
 
 
-def _weight_of(layer: Layer, rows: Tensor) -> Tensor:
-    """The inverse of :func:`_rows_of`."""
+def rows_as_weight(layer: Layer, rows: Tensor) -> Tensor:
+    """Rows, one for each output channel, in the shape of the weight of ``layer``."""
     if isinstance(layer, _TRANSPOSED):
         shape = layer.weight.shape
         parts = rows.reshape(layer.groups, shape[1], shape[0] // layer.groups, *shape[2:])
@@ -58,7 +58,11 @@ def _weight_of(layer: Layer, rows: Tensor) -> Tensor:
 
 
 def weight_as_integers(
-    layer: Layer, grid: Grid, granularity: Granularity, weighting: Tensor | None = None
+    layer: Layer,
+    grid: Grid,
+    granularity: Granularity,
+    weighting: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> IntegerWeight:
     """The weight of ``layer`` as integers.
 
@@ -71,9 +75,10 @@ def weight_as_integers(
         granularity: what has a scale of its own.
         weighting: if given, rounding is adaptive (see ``rounding.py``): ``(groups, columns, columns)``, what counts of
             a change of the weight.
+        target: what to round in place of the weight, a row for each output channel; float64.
     """
     axis = _axis(layer)
-    rows = _rows_of(layer, layer.weight.detach().to("cpu", torch.float64))
+    rows = _real_rows(layer) if target is None else target
     group = granularity if isinstance(granularity, int) and granularity < rows.shape[1] else 0
     if group and rows.shape[1] % group:
         group = 0
@@ -90,7 +95,7 @@ def weight_as_integers(
         integers = adaptive(rows, scale[:, None].expand_as(parts).reshape(rows.shape), grid, weighting)
     missing = float((integers.reshape(parts.shape) * scale[:, None] - parts).norm())
     return IntegerWeight(
-        integers=_weight_of(layer, integers).to(layer.weight.device, torch.int8),
+        integers=rows_as_weight(layer, integers).to(layer.weight.device, torch.int8),
         scale=_scales(layer, scale, axis).to(layer.weight.device, torch.float32),
         grid=grid,
         axis=None if group else (0 if axis is None else axis),
@@ -99,14 +104,22 @@ def weight_as_integers(
     )
 
 
-def missing_rows(layer: Layer, weight: IntegerWeight) -> Tensor:
-    """The weight of ``layer`` less what ``weight`` stands for, a row for each output channel; float64."""
-    rows = _rows_of(layer, layer.weight.detach().to("cpu", torch.float64))
+def real_rows(layer: Layer, weight: IntegerWeight) -> Tensor:
+    """What ``weight``, of ``layer``, stands for, a row for each output channel; float64."""
     integers = _rows_of(layer, weight.integers.to("cpu", torch.float64))
     scale = weight.scale.to("cpu", torch.float64)
     if weight.group:
-        return rows - (integers.reshape(-1, weight.group) * scale[:, None]).reshape(rows.shape)
-    return rows - integers * (scale[:, None] if len(scale) == len(rows) else scale[0])
+        return (integers.reshape(-1, weight.group) * scale[:, None]).reshape(integers.shape)
+    return integers * (scale[:, None] if len(scale) == len(integers) else scale[0])
+
+
+def missing_rows(layer: Layer, weight: IntegerWeight) -> Tensor:
+    """The weight of ``layer`` less what ``weight`` stands for, a row for each output channel; float64."""
+    return _real_rows(layer) - real_rows(layer, weight)
+
+
+def _real_rows(layer: Layer) -> Tensor:
+    return _rows_of(layer, layer.weight.detach().to("cpu", torch.float64))
 
 
 def _importance(weighting: Tensor, rows: Tensor) -> Tensor:
