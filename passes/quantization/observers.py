@@ -175,8 +175,14 @@ def _square_errors(counts: Tensor, centres: Tensor, candidates: Tensor, grid: Gr
 
 def _divergences(counts: Tensor, centres: Tensor, candidates: Tensor, grid: Grid) -> Tensor:
     """For each candidate the relative entropy of the clipped histogram to what its rounding leaves of it: the counts
-    that fall on one integer are spread evenly over the bins that hold some of them."""
+    that fall on one integer are spread evenly over the bins that hold some of them.
+
+    The bin that starts at zero counts as much as the next: every grid has zero, and what an activation function makes
+    exactly zero would drown all else."""
     found = []
+    counts = counts.clone()
+    zero = int((centres - (centres[1] - centres[0]) / 2).abs().argmin())
+    counts[zero] = counts[min(zero + 1, len(counts) - 1)]
     for rounded in _rounded(centres, candidates, grid):
         levels, place = torch.unique(rounded, return_inverse=True)
         on = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, place, counts)

@@ -96,6 +96,16 @@ def test_ranges(method: str) -> None:
     assert not empty.result().finite
 
 
+@pytest.mark.parametrize("method", OBSERVERS)
+def test_many_zeros_do_not_narrow_a_range(method: str) -> None:
+    observer = RangeObserver(method)
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    observer.update((x - 1).clamp(0, 2))  # as relu6 gives it: five zeros in six
+    least, greatest = observer.result().range(Grid.of_activations(8, symmetric=False))
+    assert least == 0
+    assert greatest > 1.6
+
+
 def test_a_value_that_is_never_negative_has_no_negative_range() -> None:
     observer = RangeObserver("mse")
     observer.update(torch.rand(1000))
