@@ -137,8 +137,8 @@ class Placement:
         for node in survey.nodes:
             module = survey.context.module(node)
             if isinstance(module, LAYERS) and type(module) not in LAYERS and node not in survey.kept:
-                reason = f"a {type(module).__name__} is a subclass that may compute something else"
-                self.obstacles[node] = matching.override_of(module) or reason
+                subclass = f"a {type(module).__name__} is a subclass that may compute something else"
+                self.obstacles[node] = matching.override_of(module) or subclass
             if survey.kinds[node] is Kind.LOW:
                 reason = forced.get(node) or survey.kept_because(node)
                 if reason is None:
