@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch import fx, nn
 
 from fxcompress import matching
 from fxcompress.editing import is_inplace
+from fxcompress.modules import GroupedLinear, ScaledDotProductAttention
 
 __all__ = ["Memory"]
 
@@ -102,6 +104,15 @@ class Memory:
         writer = self._last_writer.get(self._root(value))
         return writer if writer is not None and self._position[writer] > self._position[value] else None
 
+    def sharing(self, value: fx.Node) -> list[fx.Node]:
+        """Every node whose value may share memory with ``value``, itself among them, in graph order."""
+        root = self._root(value)
+        return [node for node in self._position if self._root(node) is root]
+
+    def passed_on(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of ``node`` with which what it gives may share memory by what ``node`` itself does."""
+        return self._shared_by(node)
+
     def _is_dense(self, node: fx.Node) -> bool:
         """Whether a tensor surely has neither gaps nor overlaps: newly made, or rearranged from one that was."""
         source = matching.tensor_input(node)
@@ -153,6 +164,8 @@ class Memory:
         return isinstance(module, nn.Unflatten) or matching.is_call(node, _STRIDED_CALLS) or not self._is_known(node)
 
     def _is_known(self, node: fx.Node) -> bool:
+        if matching.called(self._gm, node, GroupedLinear, ScaledDotProductAttention) is not None:
+            return True
         return matching.is_torch_call(node) and not isinstance(node.target, torch._ops.OpOverload)
 
     def _written_by(self, node: fx.Node) -> Iterator[fx.Node]:
@@ -161,6 +174,8 @@ class Memory:
             return
         if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("fxcompress."):
             return  # guards and the like, which write to nothing
+        if node.op == "call_function" and isinstance(node.target, type) and dataclasses.is_dataclass(node.target):
+            return  # what a model puts its outputs in
         if isinstance(node.target, torch._ops.OpOverload):  # whose name tells less than its schema
             if node.target._schema.is_mutable:
                 yield from node.all_input_nodes
@@ -175,4 +190,6 @@ class Memory:
 
 def _is_fresh_module(module: nn.Module) -> bool:
     package, _, file = type(module).__module__.rpartition(".")
-    return type(module) is nn.Linear or (package == "torch.nn.modules" and file in _FRESH_FILES)
+    if type(module) in (nn.Linear, GroupedLinear, ScaledDotProductAttention):
+        return True
+    return package == "torch.nn.modules" and file in _FRESH_FILES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.analysis.memory import Memory
+from fxcompress.modules import ScaledDotProductAttention
 
 
 def graph_of(*calls: tuple[str, Any, tuple[Any, ...]], **modules: nn.Module) -> tuple[fx.GraphModule, list[fx.Node]]:
@@ -74,3 +76,39 @@ def test_strides(reader: Any) -> None:
     assert "how the copy lies" in (memory(RELU, move, CLONE, compute, reader) or "")
     assert memory(RELU, swap, CLONE, compute, reader) is None, "a clone of what has no gaps lies as that does"
     assert memory(RELU, reader, move, CLONE, compute) is None, "that was before the copy"
+
+
+@dataclasses.dataclass
+class Outputs:
+    """What a model hands out."""
+
+    first: Any
+
+
+def test_what_holds_outputs_writes_to_nothing() -> None:
+    gm, (_, relu, _) = graph_of(("call_function", torch.relu, ()), ("call_function", Outputs, ()))
+    found = Memory(gm, lambda node: True)
+    assert found.writer_after(relu) is None
+    gm, (_, relu, _) = graph_of(("call_function", torch.relu, ()), ("call_function", unknown, (1,)))
+    assert Memory(gm, lambda node: True).writer_after(relu) is not None
+
+
+def test_attention_of_this_package_gives_new_memory() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    attention = graph.call_module("attention", (x, x, x))
+    graph.output(attention)
+    found = Memory(fx.GraphModule({"attention": ScaledDotProductAttention(0.0)}, graph), lambda node: True)
+    assert found.writer_after(x) is None
+    assert found.sharing(x) == [x]
+    assert found.passed_on(attention) == []
+
+
+def test_views_share_with_what_they_view() -> None:
+    gm, (x, view, relu, inplace) = graph_of(
+        ("call_method", "view", (-1,)), ("call_function", torch.relu, ()), ("call_method", "mul_", (2,))
+    )
+    found = Memory(gm, lambda node: True)
+    assert found.sharing(view) == [x, view]
+    assert found.sharing(inplace) == [relu, inplace]
+    assert found.passed_on(view) == [x]
