@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompress import matching
 from fxcompress.analysis.memory import Memory
 from fxcompress.pass_base import PassContext, Refusal
 
-__all__ = ["LAYERS", "CalledLayer", "Layer", "called_layers"]
+__all__ = ["LAYERS", "CalledLayer", "Layer", "as_stored", "by_group", "called_layers", "channel_counts"]
 
 Layer: TypeAlias = (
     nn.Linear
@@ -109,3 +109,23 @@ def _obstacle(
     if any(len(call.args) + len(call.kwargs) != 1 or matching.tensor_input(call) is None for call in calls):
         return "is called with other than one tensor"
     return None
+
+
+def channel_counts(layer: Layer) -> tuple[int, int, int]:
+    """Groups, output channels, input channels."""
+    if isinstance(layer, nn.Linear):
+        return 1, layer.out_features, layer.in_features
+    return layer.groups, layer.out_channels, layer.in_channels
+
+
+def by_group(layer: Layer, weight: Tensor) -> Tensor:
+    """The weight of any kind of layer as ``(groups, outputs of a group, inputs of a group, kernel taps)``."""
+    groups, outputs, inputs = channel_counts(layer)
+    if isinstance(layer, _TRANSPOSED):  # stored as (inputs, outputs of a group, *kernel)
+        return weight.reshape(groups, inputs // groups, outputs // groups, -1).transpose(1, 2)
+    return weight.reshape(groups, outputs // groups, inputs // groups, -1)
+
+
+def as_stored(layer: Layer, weight: Tensor) -> Tensor:
+    """The inverse of :func:`by_group`."""
+    return (weight.transpose(1, 2) if isinstance(layer, _TRANSPOSED) else weight).reshape(layer.weight.shape)

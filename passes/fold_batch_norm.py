@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxcompress import editing, matching
+from fxcompress.layers import as_stored, by_group, channel_counts
 from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site
 
 __all__ = ["FoldBatchNorm"]
@@ -116,36 +117,16 @@ def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return a, beta - a * mu
 
 
-def _channels(layer: _Layer) -> tuple[int, int, int]:
-    """Groups, output channels, input channels."""
-    if isinstance(layer, nn.Linear):
-        return 1, layer.out_features, layer.in_features
-    return layer.groups, layer.out_channels, layer.in_channels
-
-
-def _by_group(layer: _Layer, weight: Tensor) -> Tensor:
-    """The weight of any kind of layer as ``(groups, outputs of a group, inputs of a group, kernel taps)``."""
-    groups, outputs, inputs = _channels(layer)
-    if isinstance(layer, _Transposed):  # stored as (inputs, outputs of a group, *kernel)
-        return weight.reshape(groups, inputs // groups, outputs // groups, -1).transpose(1, 2)
-    return weight.reshape(groups, outputs // groups, inputs // groups, -1)
-
-
-def _as_stored(layer: _Layer, weight: Tensor) -> Tensor:
-    """The inverse of :func:`_by_group`."""
-    return (weight.transpose(1, 2) if isinstance(layer, _Transposed) else weight).reshape(layer.weight.shape)
-
-
 def _folded(fold: _Fold) -> tuple[Tensor, Tensor | None]:
     """The layer's new weight, in its own layout, and bias ``(outputs,)``; no bias if there was none and needs none."""
     layer = fold.layer
-    groups, outputs, _ = _channels(layer)
+    groups, outputs, _ = channel_counts(layer)
     a, s = _affine(fold.norm)
-    w = _by_group(layer, _double(layer.weight, 0.0, layer.weight))
+    w = by_group(layer, _double(layer.weight, 0.0, layer.weight))
     b = _double(layer.bias, 0.0, layer.weight.new_empty(outputs))
     if fold.direction == "after":
-        return _as_stored(layer, w * a.view(groups, -1, 1, 1)), a * b + s
-    weight = _as_stored(layer, w * a.view(groups, 1, -1, 1))
+        return as_stored(layer, w * a.view(groups, -1, 1, 1)), a * b + s
+    weight = as_stored(layer, w * a.view(groups, 1, -1, 1))
     if layer.bias is None and not s.any():
         return weight, None
     return weight, b + (w.sum(-1) * s.view(groups, 1, -1)).sum(-1).flatten()
@@ -266,7 +247,7 @@ class _Survey:
 
     def _shape_obstacle(self, fold: _Fold) -> str | None:
         """A batch norm normalises dimension 1; that must be the dimension of the layer's channels."""
-        _, outputs, inputs = _channels(fold.layer)
+        _, outputs, inputs = channel_counts(fold.layer)
         channels, features = (outputs if fold.direction == "after" else inputs), fold.norm.num_features
         if channels != features:
             return f"that layer has {channels} channels on this side and the batch norm {features}"

@@ -49,7 +49,7 @@ def test_single_blocks(name: str, block: str) -> None:
 
 def exact_passes_in_sequence(network: Network) -> None:
     double = network.double()
-    given_ = {"example_inputs": double.args, "example_kwargs": double.kwargs}
+    given_ = {"example_inputs": double.args, "example_kwargs": double.kwargs, "calibration": double.calibration()}
     result = fxcompress.compile(double.module, EXACT, verify=False, **given_)
     contract.check_outputs(double, result, network.tolerance)
     contract.check_arithmetic(result, double)

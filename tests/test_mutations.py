@@ -149,11 +149,11 @@ def folds_twice(patch: Patch) -> None:
 
 def mistakes_the_layout(patch: Patch) -> None:
     def straight(layer: Any, weight: Tensor) -> Tensor:
-        groups, outputs, inputs = fold_batch_norm._channels(layer)
+        groups, outputs, inputs = fold_batch_norm.channel_counts(layer)
         return weight.reshape(groups, outputs // groups, inputs // groups, -1)
 
-    patch.setattr(fold_batch_norm, "_by_group", straight)
-    patch.setattr(fold_batch_norm, "_as_stored", lambda layer, weight: weight.reshape(layer.weight.shape))
+    patch.setattr(fold_batch_norm, "by_group", straight)
+    patch.setattr(fold_batch_norm, "as_stored", lambda layer, weight: weight.reshape(layer.weight.shape))
 
 
 def mistakes_the_groups(patch: Patch) -> None:
@@ -170,8 +170,8 @@ def shifts_through_the_scaled_weight(patch: Patch) -> None:
     def wrong(fold: Any) -> Any:
         weight, bias = folded(fold)
         _, s = affine(fold.norm)
-        scaled = fold_batch_norm._by_group(fold.layer, weight)
-        groups = fold_batch_norm._channels(fold.layer)[0]
+        scaled = fold_batch_norm.by_group(fold.layer, weight)
+        groups = fold_batch_norm.channel_counts(fold.layer)[0]
         assert bias is not None
         return weight, (scaled.sum(-1) * s.view(groups, 1, -1)).sum(-1).flatten()
 

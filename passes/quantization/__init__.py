@@ -1,6 +1,8 @@
-"""Numbers of fewer bits: integer weights and activations, and the kernels that compute with them."""
+"""Numbers of fewer bits: integer weights and activations, what prepares for them, and the kernels that use them."""
 
+from fxcompress.passes.quantization.equalize import EqualizeLayers
 from fxcompress.passes.quantization.lower_int8 import LowerInt8
 from fxcompress.passes.quantization.quantize import Quantize
+from fxcompress.passes.quantization.smooth import SmoothQuant
 
-__all__ = ["LowerInt8", "Quantize"]
+__all__ = ["EqualizeLayers", "LowerInt8", "Quantize", "SmoothQuant"]
