@@ -100,10 +100,7 @@ class Int8Layer(nn.Module):
         its result to the memory of ``other``."""
         if torch.compiler.is_compiling():
             return self.reference(x, other)
-        origin = (self.weight._version, self.weight.data_ptr())
-        if self._packed is None or origin != self._packed_from:
-            self._packed, self._packed_from = self._pack(x), origin
-        return self._kernel(x, other, self._packed)
+        return self._kernel(x, other, self.given)
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What :meth:`forward` stands for, in real numbers."""
@@ -114,10 +111,11 @@ class Int8Layer(nn.Module):
         y = self.post(y)
         return y if self.made is None else quantize(y, self.made)
 
-    def _inputs(self, x: Tensor) -> tuple[Any, ...]:
-        assert self._packed is not None, "packed by forward()"
-        scale, zero_point = self.given.scale, self.given.zero_point
-        return x, scale, zero_point, self._packed, self.weight_scale, self.weight_zero_point
+    def _inputs(self, x: Tensor, given: PerTensor) -> tuple[Any, ...]:
+        origin = (self.weight._version, self.weight.data_ptr())
+        if self._packed is None or origin != self._packed_from:
+            self._packed, self._packed_from = self._pack(x), origin
+        return x, given.scale, given.zero_point, self._packed, self.weight_scale, self.weight_zero_point
 
     @property
     def _output(self) -> tuple[float, int, torch.dtype]:
@@ -130,7 +128,7 @@ class Int8Layer(nn.Module):
     def _pack(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how its weight is packed")
 
-    def _kernel(self, x: Tensor, other: Tensor | None, packed: Tensor) -> Tensor:
+    def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must call a kernel")
 
     def _on_reals(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -160,9 +158,9 @@ class Int8Conv(Int8Layer):
         packed: Tensor = _ONEDNN.qconv_prepack(self.weight, *scales, *self._sizes, list(x.shape))
         return packed
 
-    def _kernel(self, x: Tensor, other: Tensor | None, packed: Tensor) -> Tensor:
+    def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
         after = self.post.name, list(self.post.numbers), self.post.variant
-        inputs, output = self._inputs(x), (*self._sizes, *self._output)
+        inputs, output = self._inputs(x, given), (*self._sizes, *self._output)
         result: Tensor
         if other is None:
             result = _ONEDNN.qconv2d_pointwise.default(*inputs, self.bias, *output, *after)
@@ -183,9 +181,9 @@ class Int8Linear(Int8Layer):
         packed: Tensor = _ONEDNN.qlinear_prepack(self.weight, [x.numel() // x.shape[-1], x.shape[-1]])
         return packed
 
-    def _kernel(self, x: Tensor, other: Tensor | None, packed: Tensor) -> Tensor:
+    def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
         after = self.post.name, list(self.post.numbers), self.post.variant
-        inputs, output = self._inputs(x), self._output
+        inputs, output = self._inputs(x, given), self._output
         result: Tensor
         if other is None:
             result = _ONEDNN.qlinear_pointwise.default(*inputs, self.bias, *output, *after)

@@ -1,9 +1,9 @@
 """Which values of a graph become integers, who then reads them, and which of them share a scale.
 
 A layer that is to compute with integers wants its input as integers. The wish travels upward: through operations that
-only move or select elements (*carriers*: reshapes, slices, concatenation, max-pooling), since they can work on the
-integers as well; and, where a layer's sum is added to something (``layer -> add``) and the result is wanted as
-integers, to what is added. What a carrier reads and gives is on one scale.
+only move or select elements (*carriers*: reshapes, slices, concatenation, zero padding, max-pooling), since they can
+work on the integers as well; and, where a layer's sum is added to something (``layer -> add``) and the result is wanted
+as integers, to what is added. What a carrier reads and gives is on one scale.
 
 A value that a layer makes (alone or with the activation function and the addition after it) or that a carrier gives is
 made as integers, so all of its readers get these; any other value (of a layer norm, say) is rounded for the readers who
@@ -14,17 +14,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxcompress import matching
 from fxcompress.analysis.memory import Memory
+from fxcompress.analysis.running import undisturbed
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.editing import is_inplace
 from fxcompress.pass_base import PassContext
 from fxcompress.passes.quantization.vocabulary import REAL_DTYPES
 
-__all__ = ["Chain", "Placement", "Value", "chains_of", "is_carrier", "part_of", "place", "sources_of"]
+__all__ = [
+    "Chain",
+    "Placement",
+    "Value",
+    "chain_of",
+    "chains_of",
+    "is_carrier",
+    "is_idle",
+    "padding_of",
+    "part_of",
+    "place",
+    "sources_of",
+]
 
 _MOVING_CALLS = frozenset(
     "view reshape flatten permute transpose contiguous squeeze unsqueeze getitem narrow select expand unflatten "
@@ -34,9 +49,14 @@ _MOVING_CALLS = frozenset(
 _JOINING_CALLS = frozenset(("cat", "concat", "stack"))
 _PARTING_CALLS = frozenset(("chunk", "split", "unbind", "tensor_split"))
 _MOVING_MODULES = (
-    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+_PADDING_MODULES: tuple[type[Any], ...] = (
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+)  # fmt: skip
+_IDLE_MODULES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 _ACTIVATIONS = frozenset("relu relu6 hardtanh hardswish silu gelu tanh leaky_relu clamp".split())
 _ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Tanh, nn.LeakyReLU)
@@ -49,13 +69,18 @@ class Chain:
 
     Attributes:
         layer: the call of the layer.
-        nodes: the layer, the addition if there is one, the activation function if there is one.
-        other: what is added, if something is.
+        nodes: the layer, the addition if there is one, the activation function if there is one, and whatever between
+            them does nothing (:func:`is_idle`).
+        addition: what adds something to the result.
+        other: what is added.
+        activation: the function that follows.
     """
 
     layer: fx.Node
     nodes: tuple[fx.Node, ...]
-    other: fx.Node | None
+    addition: fx.Node | None = None
+    other: fx.Node | None = None
+    activation: fx.Node | None = None
 
     @property
     def end(self) -> fx.Node:
@@ -116,35 +141,70 @@ def _added(context: PassContext, node: fx.Node, to: fx.Node) -> fx.Node | None:
     return others[0]
 
 
-def _chain_of(context: PassContext, layer: fx.Node) -> Chain:
-    """``layer`` with the addition and the activation function after it, as far as nobody else reads what is between."""
-    nodes, other = [layer], None
-    readers = _readers(layer)
-    if len(readers) == 1:
-        other = _added(context, readers[0], layer)
-        if other is not None:
+def chain_of(context: PassContext, layer: fx.Node, *, adds: bool = True) -> Chain:
+    """``layer`` with the addition (if ``adds``) and the activation function after it, as far as nobody else reads what
+    is between."""
+    nodes = [layer]
+
+    def only_reader() -> fx.Node | None:
+        while True:
+            readers = _readers(nodes[-1])
+            if len(readers) != 1 or not is_idle(context, readers[0]):
+                return readers[0] if len(readers) == 1 else None
             nodes.append(readers[0])
-            readers = _readers(readers[0])
-    if len(readers) == 1 and _is_activation(context, readers[0]):
-        nodes.append(readers[0])
-    return Chain(layer, tuple(nodes), other)
+
+    addition = other = activation = None
+    reader = only_reader()
+    if adds and reader is not None:
+        other = _added(context, reader, nodes[-1])
+        if other is not None:
+            addition = reader
+            nodes.append(reader)
+            reader = only_reader()
+    if reader is not None and _is_activation(context, reader):
+        activation = reader
+        nodes.append(reader)
+    return Chain(layer, tuple(nodes), addition, other, activation)
 
 
 def chains_of(context: PassContext, layers: Iterable[fx.Node]) -> dict[fx.Node, Chain]:
     """The chain of each of ``layers``, given in graph order. Of two that are added up the later one has the addition in
-    its chain; the other is alone."""
-    found = {layer: _chain_of(context, layer) for layer in layers}
-    takes = {chain.nodes[1]: layer for layer, chain in found.items() if chain.other is not None}
-    return {
-        layer: chain if chain.other is None or takes[chain.nodes[1]] is layer else Chain(layer, (layer,), None)
-        for layer, chain in found.items()
-    }
+    its chain."""
+    found = {layer: chain_of(context, layer) for layer in layers}
+    takes = {chain.addition: layer for layer, chain in found.items()}
+    for layer, chain in found.items():
+        if chain.addition is not None and takes[chain.addition] is not layer:
+            found[layer] = chain_of(context, layer, adds=False)
+    return found
+
+
+def is_idle(context: PassContext, node: fx.Node) -> bool:
+    """Whether ``node`` calls a module that, not training, gives what it is given, the very tensor: dropout, stochastic
+    depth. Of a module without state whose code is not torch's a call tells."""
+    module = context.module(node)
+    if module is None or module.training or len(node.args) != 1 or node.kwargs:
+        return False
+    if type(module) in _IDLE_MODULES:
+        return True
+    stateless = not [*module.parameters(), *module.buffers(), *module.children()]
+    if not stateless or type(module).__module__.startswith("torch.") or matching.override_of(module):
+        return False
+    source = matching.tensor_input(node)
+    if source is None or not _is_real(context, source):
+        return False
+    x = torch.rand(context.shapes.shape(source), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), undisturbed(module):
+        return module(x) is x
 
 
 def is_carrier(context: PassContext, node: fx.Node) -> bool:
     """Whether ``node`` only moves or selects elements, of one tensor or of several that it joins."""
     if is_inplace(node):
         return False
+    if is_idle(context, node):
+        return True
+    if padding_of(context, node) is not None:
+        return True
     module = matching.called(context.gm, node, *_MOVING_MODULES)
     if module is not None:
         return not getattr(module, "return_indices", False) and len(node.args) == 1
@@ -153,6 +213,16 @@ def is_carrier(context: PassContext, node: fx.Node) -> bool:
     if not matching.is_call(node, _MOVING_CALLS) or node.kwargs.get("return_indices"):
         return False
     return not any(_is_tensor(context, a) for a in node.all_input_nodes[1:])  # an index that is a tensor
+
+
+def padding_of(context: PassContext, node: fx.Node) -> Any:
+    """How many zeros ``node`` puts around what it reads, as ``F.pad`` takes it; ``None`` if it does something else."""
+    module = matching.called(context.gm, node, *_PADDING_MODULES)
+    if module is not None:
+        return module.padding if getattr(module, "value", 0) == 0 and len(node.args) == 1 else None
+    if not matching.is_call(node, ("pad",)) or matching.argument(node, 2, "mode", "constant") != "constant":
+        return None
+    return matching.argument(node, 1, "pad") if matching.argument(node, 3, "value", None) in (None, 0) else None
 
 
 def _is_tensor(context: PassContext, node: fx.Node) -> bool:
@@ -225,8 +295,8 @@ def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Calla
             continue
         if node in ends:
             chain = ends[node]
-            if chain.other is not None and may_read(chain.other, chain.nodes[1]):
-                wish(chain.other, chain.nodes[1])
+            if chain.other is not None and chain.addition is not None and may_read(chain.other, chain.addition):
+                wish(chain.other, chain.addition)
         elif is_carrier(context, node):
             sources = sources_of(node)
             reader = part_of(node) or node

@@ -20,6 +20,10 @@ __all__ = [
     "PerTensor",
     "dequantize",
     "dequantize_channels",
+    "dequantize_groups",
+    "dynamic_source",
+    "dynamically",
+    "group_of",
     "insert_dequantize",
     "insert_dequantize_channels",
     "insert_dequantize_groups",
@@ -115,6 +119,45 @@ def insert_dequantize_groups(
 
 def _out(dtype: torch.dtype) -> dict[str, Any]:
     return {} if dtype is torch.float32 else {"out_dtype": dtype}
+
+
+def dynamically(x: Tensor, grid: Grid) -> Tensor:
+    """``x`` as the integers of ``grid`` stand for it, on a scale that follows from it; float32."""
+    if not x.numel():
+        return x.float()
+    limits = (grid.low, grid.high)
+    by = (*_CHOOSE(x, *limits, grid.least_scale, grid.dtype), *limits, grid.dtype)
+    result: Tensor = _DEQUANTIZE_BY(_QUANTIZE_BY(x, *by), *by)
+    return result
+
+
+def dynamic_source(node: Any) -> tuple[fx.Node, Grid] | None:
+    """What was rounded, and to which integers, if ``node`` is the end of what :func:`insert_dynamic_pair` puts in."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not _DEQUANTIZE_BY:
+        return None
+    integers = node.args[0]
+    if not isinstance(integers, fx.Node) or integers.target is not _QUANTIZE_BY or integers.args[1:] != node.args[1:]:
+        return None
+    source, scale, zero_point, low, high, dtype = integers.args
+    for part, index in ((scale, 0), (zero_point, 1)):
+        chosen = part.args[0] if isinstance(part, fx.Node) and part.target is operator.getitem else None
+        if not isinstance(chosen, fx.Node) or chosen.target is not _CHOOSE or part.args[1] != index:  # type: ignore[union-attr]
+            return None
+        if chosen.args[0] is not source:
+            return None
+    return source, Grid(low, high, dtype)  # type: ignore[return-value, arg-type]
+
+
+def group_of(node: fx.Node) -> int:
+    """How many weights of a row have a scale at a node for which :func:`is_weight_dequantize` holds; 0 if all have."""
+    return int(node.args[6]) if node.target is _PER_GROUP else 0  # type: ignore[arg-type]
+
+
+def dequantize_groups(integers: Tensor, scale: Tensor, zero_point: Tensor, size: int, grid: Grid) -> Tensor:
+    """The reals of a matrix, a scale for each ``size`` of a row; float32."""
+    by = (scale, zero_point, grid.low, grid.high, grid.dtype, size, torch.float32)
+    result: Tensor = _PER_GROUP(integers, *by)
+    return result
 
 
 def is_quantize(node: Any) -> bool:

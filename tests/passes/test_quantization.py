@@ -22,6 +22,7 @@ from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.passes.quantization import LowerInt8, Quantize
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp, to_uint8, unavailable
+from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, has_int4_kernel
 from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver
 from fxcompress.passes.quantization.rounding import adaptive
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, quantize
@@ -189,6 +190,50 @@ def _losses(choices: Tensor, row: Tensor, weighting: Tensor, scale: Tensor) -> T
     return ((missing @ weighting) * missing).sum(1)
 
 
+def test_each_layer_makes_up_for_those_before_it() -> None:
+    """Adaptive rounding sees what the rounded layers before give: its error stays below that of rounding each alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.ReLU(),
+        nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 10),
+    )  # fmt: skip
+    batches = [F.interpolate(b[..., :3, :3], size=8, mode="bilinear") for b in data(24)]  # neighbours are alike
+    batches, x = batches[:16], torch.cat(batches[16:])
+    errors = {}
+    for rounding in ("nearest", "adaptive"):
+        found = compiled(model, [Quantize(3, activation_bits=None, rounding=rounding)], batches)
+        errors[rounding] = float((found(x) - model(x)).norm().detach() / model(x).norm().detach())
+    assert errors["adaptive"] < 0.8 * errors["nearest"]
+    details = [d for d in fxcompress.report(found).passes[-1].details if "module" in d]
+    assert [d["rounding"] for d in details] == ["adaptive"] * 4
+    with torch.no_grad():
+        wanted, now = (_output_of(m, torch.cat(batches)) for m in (model, found))
+    assert details[-1]["output_error"] == pytest.approx(float((now - wanted).norm() / wanted.norm()), rel=1e-3)
+
+
+def _output_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).double()
+
+
+def test_adaptive_rounding_of_layers_that_are_called_twice_or_transposed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.twice = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.up, self.last = nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.up(self.twice(self.twice(self.first(x)).relu()).relu()).relu())
+
+    torch.manual_seed(0)
+    model = Net()
+    found = compiled(model, [Quantize(4, rounding="adaptive")], data(8))
+    x = data(1, seed=70)[0]
+    assert float((found(x) - model(x)).norm().detach() / model(x).norm().detach()) < 0.35
+    details = {d["module"]: d["rounding"] for d in fxcompress.report(found).passes[-1].details if "module" in d}
+    assert details == {"first": "adaptive", "twice": "adaptive", "up": "nearest", "last": "adaptive"}
+
+
 def test_bias_correction_takes_up_the_mean() -> None:
     torch.manual_seed(0)
     model, batches = nn.Sequential(nn.Linear(16, 8)), [torch.rand(64, 16) + 1 for _ in range(4)]
@@ -294,6 +339,101 @@ def test_a_kernel_is_its_reference_within_a_quantum(case: tuple[Int8Layer, Tenso
             assert int((found.int() - expected.int()).abs().max()) <= 1
         else:
             assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@needs_kernels
+@given(
+    seed=st.integers(0, 1000), rows=st.sampled_from(((3,), (2, 5), (70,), (0,), ())), bias=st.booleans(),
+    group=st.sampled_from((0, 32, 64)), bits=st.sampled_from((4, 8)), scale=st.sampled_from((1e-3, 1.0, 1e3)),
+)  # fmt: skip
+@settings(deadline=None)
+def test_linear_layers_on_real_numbers(
+    seed: int, rows: tuple[int, ...], bias: bool, group: int, bits: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    largest = 2 ** (bits - 1) - 1
+    holder = nn.Module()
+    weight = torch.randint(-largest, largest + 1, (32, 64), generator=generator, dtype=torch.int8)
+    holder.weight = nn.Parameter(weight, False)
+    if bias:
+        holder.bias = nn.Parameter(torch.randn(32, generator=generator), False)
+    count = 32 * (64 // group if group else 1)
+    holder.register_buffer("weight_scale", torch.rand(count, generator=generator) * 0.01 + 0.001)
+    holder.register_buffer("weight_zero_point", torch.zeros(count, dtype=torch.int64))
+    x = torch.randn(*rows, 64, generator=generator) * scale
+    layers: list[tuple[nn.Module, float]] = []
+    if not group or (bits == 4 and has_int4_kernel(weight, group)):
+        layers.append((WeightOnlyLinear(holder, group), 2**-7))
+    if not group:
+        layers.append((DynamicInt8Linear(holder, Grid(0, 255, torch.uint8), PostOp("relu")), 2**-7))
+    for layer, tolerance in layers:
+        expected = layer.reference(x)  # type: ignore[operator]
+        for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            found = other(x)
+            assert found.shape == expected.shape
+            assert found.dtype is torch.float32
+            if x.numel():
+                size = float((x.abs().amax() * (weight.abs().double().norm(dim=1) * 0.011).max()) + 1)
+                assert float((found - expected).abs().max()) <= tolerance * size * 8
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{"dynamic": True}, {"activation_bits": None}])
+def test_lowering_of_linear_layers_on_real_numbers(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8))
+    batches = [torch.randn(6, 16) for _ in range(3)]
+    reference = compiled(model, [Quantize(**options)], batches)
+    lowered = compiled(reference, [LowerInt8()], batches)
+    record = fxcompress.report(lowered).passes[-1]
+    assert record.sites == 2
+    assert {d["op"] for d in record.details} == {"dynamic layer" if options.get("dynamic") else "weight-only layer"}
+    for x in (batches[0], batches[0][:1], batches[0][None]):
+        expected = reference(x)
+        for other in (lowered, copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered))):
+            assert float((other(x) - expected).norm() / expected.norm()) < 0.01
+    changed = {k: torch.zeros_like(v) if k == "2.weight" else v for k, v in lowered.state_dict().items()}
+    other = copy.deepcopy(lowered)
+    other(batches[0])
+    other.load_state_dict(changed)
+    assert torch.allclose(other(batches[0]), other.get_parameter("2.bias").expand(6, 8))
+
+
+class StochasticDepth(nn.Module):
+    """As libraries have it: a module of its own that does nothing in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(x.shape[0], 1, 1, 1) > 0.5) if self.training else x
+
+
+class Padded(nn.Module):
+    """A residual block with stochastic depth, and a convolution whose border a module of its own makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.depth, self.pad = StochasticDepth(), nn.ZeroPad2d((0, 1, 0, 1))
+        self.last = nn.Conv2d(8, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.depth(self.block(x))
+        return self.last(F.pad(self.pad(x), (1, 0, 1, 0)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_does_nothing_is_seen_through_and_borders_are_integers(symmetric: bool) -> None:
+    torch.manual_seed(0)
+    model = Padded()
+    reference = compiled(model, [Quantize(symmetric=symmetric)])
+    lowered = compiled(reference, [LowerInt8()])
+    details = fxcompress.report(lowered).passes[-1].details
+    assert [d["op"] for d in details].count("round") == 1, "of the input"
+    assert [d["op"] for d in details].count("move") == 2
+    assert {d["module"]: d["adds"] for d in details if d["op"] == "layer"}["block"] == "integers"
+    x = data(1, seed=7)[0]
+    assert float((lowered(x) - reference(x)).norm() / reference(x).norm()) < 0.03
 
 
 @given(seed=st.integers(0, 100), zero_point=st.integers(0, 255))

@@ -1,0 +1,248 @@
+"""Layers that read dequantised integers, and what a kernel of ``kernels.py`` does in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress import editing, matching
+from fxcompress.pass_base import PassContext, Refusal
+from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp
+from fxcompress.passes.quantization.lowering_between import is_view, unsigned
+from fxcompress.passes.quantization.placement import Chain, chains_of
+from fxcompress.passes.quantization.vocabulary import (
+    group_of,
+    is_dequantize,
+    is_quantize,
+    is_weight_dequantize,
+    per_tensor,
+)
+
+__all__ = ["EIGHT_BITS", "FoundLayers", "LayerLowering", "path_of", "post_op"]
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+EIGHT_BITS = (torch.uint8, torch.int8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerLowering:
+    """A layer that becomes a call of a kernel.
+
+    Attributes:
+        gm: the graph module.
+        layer: the node.
+        reads: the dequantisation that it reads.
+        end: the last node of what the kernel does, before rounding.
+        inner: the nodes before that, from the last to the layer.
+        rounds: the quantisation after that; ``None`` if it gives real numbers.
+        post: the activation function.
+        addition: what adds :attr:`other`, if something does.
+        other: what is added; a dequantisation if ``adds_integers``.
+        adds_integers: whether the kernel adds integers.
+        keeps_other: whether what is added is needed later, so that it may not be written to.
+    """
+
+    gm: fx.GraphModule
+    layer: fx.Node
+    reads: fx.Node
+    end: fx.Node
+    inner: tuple[fx.Node, ...]
+    rounds: fx.Node | None
+    post: PostOp
+    addition: fx.Node | None = None
+    other: fx.Node | None = None
+    adds_integers: bool = False
+    keeps_other: bool = False
+
+    @property
+    def last(self) -> fx.Node:
+        """The node in whose place the kernel is called."""
+        return self.end if self.rounds is None else self.rounds
+
+    def said(self) -> dict[str, Any]:
+        """For the record."""
+        adds = None if self.other is None else ("integers" if self.adds_integers else "reals")
+        gives = "reals" if self.rounds is None else "integers"
+        return {"op": "layer", "module": path_of(self.layer), "post": self.post.name, "adds": adds, "gives": gives}
+
+    def operate(self) -> None:
+        """Put the kernel in place of all that it does."""
+        graph = self.gm.graph
+        path, module = path_of(self.layer), self._module()
+        if isinstance(self.gm.get_submodule(path), Int8Layer):  # an earlier call of the same weight took it
+            path = editing.add_module(self.gm, path, module)
+        else:
+            editing.set_attribute(self.gm, path, module)
+        with graph.inserting_before(self.last):
+            arguments: list[Any] = [self.reads.args[0]]
+            if self.addition is not None:
+                # Another kernel may have taken the place of what was to be added since.
+                other = next(a for a in self.addition.args if a not in self.inner)
+                assert isinstance(other, fx.Node), "the sum of two tensors"
+                added = other.args[0] if self.adds_integers else other
+                arguments.append(graph.call_method("clone", (added,)) if self.keeps_other else added)
+            editing.replace(self.last, graph.call_module(path, tuple(arguments)))
+        for node in (self.end, *self.inner):  # in place on what the layer gave, perhaps, and so not dead by itself
+            if node is not self.last:
+                editing.erase(node)
+
+    def _module(self) -> Int8Layer:
+        made = None if self.rounds is None else unsigned(per_tensor(self.rounds))
+        other = unsigned(per_tensor(self.other)) if self.adds_integers and self.other is not None else None
+        holder, given = self.gm.get_submodule(path_of(self.layer)), unsigned(per_tensor(self.reads))
+        common = (holder, given, made, self.post, self.other is not None, other)
+        if matching.is_call(self.layer, ("linear",)):
+            return Int8Linear(*common)
+        stride, padding, dilation, groups = self.layer.args[3:7]
+        sizes = {"stride": stride, "padding": padding, "dilation": dilation}
+        return Int8Conv(*common, groups=groups, **{name: list(size) for name, size in sizes.items()})  # type: ignore[arg-type]
+
+
+class FoundLayers:
+    """The layers of a graph that a kernel can take, and those that none can.
+
+    Attributes:
+        lowerings: of layers that read integers of a fixed scale.
+        absorbed: the quantisations that become part of these.
+        on_reals: linear layers that read anything else.
+        refusals: the others.
+    """
+
+    def __init__(self, context: PassContext) -> None:
+        self._context = context
+        self._position = {node: i for i, node in enumerate(context.gm.graph.nodes)}
+        self.refusals: list[Refusal] = []
+        self.on_reals: list[fx.Node] = []
+        layers = []
+        for node in context.gm.graph.nodes:
+            if not matching.is_call(node, ("linear", *_CONVOLUTIONS)) or not is_weight_dequantize(node.args[1]):
+                continue
+            if reason := self._obstacle(node):
+                self.refusals.append(Refusal(node, reason))
+            elif not is_dequantize(node.args[0]):
+                self.on_reals.append(node)
+            else:
+                layers.append(node)
+        drafts = [self._draft(chain) for chain in chains_of(context, layers).values()]
+        self.absorbed = {d.rounds for d in drafts if d.rounds is not None}
+        self._runs_at: dict[fx.Node, int] = {}
+        for draft in drafts:
+            for part in filter(None, (draft.layer, draft.addition)):
+                self._runs_at[part] = self._position[draft.last]
+        self.lowerings = [dataclasses.replace(d, keeps_other=self._keeps_other(d)) for d in drafts]
+
+    def _obstacle(self, node: fx.Node) -> str | None:
+        reads, weight = node.args[:2]
+        assert isinstance(weight, fx.Node)
+        if self._context.shapes.dtype(node) is not torch.float32:
+            return f"computes in {self._context.shapes.dtype(node)}, and the kernels in float32"
+        if not is_dequantize(reads):
+            return None if matching.is_call(node, ("linear",)) else "does not read integers of a fixed scale"
+        assert isinstance(reads, fx.Node)
+        if reads.args[-1] not in EIGHT_BITS:
+            return "reads integers of more than 8 bits"
+        if group_of(weight) or weight.args[3] != 0:
+            return "its weight has other scales than one for each output channel"
+        if matching.is_call(node, ("linear",)):
+            return None
+        if not matching.is_call(node, ("conv2d",)):
+            return f"there is no kernel for {matching.name_of_call(node)}"
+        if isinstance(node.args[4], str):
+            return f"has padding {node.args[4]!r}, of which the kernels know numbers only"
+        if len(self._context.shapes.shape(node)) != len(("batch", "channel", "height", "width")):
+            return "reads a single image without a batch dimension"
+        return None
+
+    def _draft(self, chain: Chain) -> LayerLowering:
+        layer, other, nodes = chain.layer, chain.other, chain.nodes
+        reads, post = layer.args[0], PostOp()
+        assert isinstance(reads, fx.Node)
+        if chain.activation is not None:
+            found = post_op(self._context.gm, chain.activation, linear=matching.is_call(layer, ("linear",)))
+            if found is not None and (other is None or found.name == "relu"):
+                post = found
+            else:
+                nodes = nodes[: nodes.index(chain.activation)]
+        rounds = self._rounded_by(nodes[-1])
+        adds_integers = False
+        if other is not None and rounds is not None:
+            adds_integers = is_dequantize(other) and matching.is_call(layer, ("conv2d",))
+            if not adds_integers:  # real numbers are added to real numbers only
+                rounds = None
+        inner = nodes[-2::-1]
+        return LayerLowering(
+            self._context.gm, layer, reads, nodes[-1], inner, rounds, post, chain.addition, other, adds_integers
+        )
+
+    def _rounded_by(self, end: fx.Node) -> fx.Node | None:
+        readers = list(end.users)
+        alone = len(readers) == 1 and is_quantize(readers[0]) and readers[0].args[-1] in EIGHT_BITS
+        return readers[0] if alone else None
+
+    def _keeps_other(self, draft: LayerLowering) -> bool:
+        """Whether what a convolution adds, and writes its result to, may be read after that."""
+        other = draft.other
+        if other is None or matching.is_call(draft.layer, ("linear",)):
+            return False
+        if not draft.adds_integers:
+            return len(other.users) > 1 or not is_dequantize(other)
+        source = other.args[0]
+        assert isinstance(source, fx.Node)
+        if not is_quantize(source) or is_view(self._context, source.args[0]):
+            return True
+        mine, now = self._runs_at, self._position[draft.last]
+        for reader in {reader for reals in source.users for reader in reals.users}:
+            if is_view(self._context, reader):
+                return True
+            if mine.get(reader, -1) >= now and other not in reader.all_input_nodes:
+                return True
+        return sum(mine.get(reader, -1) >= now for reader in other.users) > 1
+
+
+def path_of(layer: fx.Node) -> str:
+    """Where the weight and the bias are of a layer of integer weights."""
+    reals = layer.args[1]
+    assert isinstance(reals, fx.Node), "a layer of integer weights"
+    return next(str(n.target).rpartition(".")[0] for n in _back(reals) if n.op == "get_attr")
+
+
+def _back(node: fx.Node) -> Iterator[fx.Node]:
+    """``node``, and the first input of each from there on."""
+    while True:
+        yield node
+        if not node.all_input_nodes:
+            return
+        node = node.all_input_nodes[0]
+
+
+def post_op(gm: fx.GraphModule, node: fx.Node, *, linear: bool) -> PostOp | None:
+    """What ``node``, an activation function, is to the kernels; ``None`` if it is nothing to them."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    name = type(module).__name__.lower() if module is not None else matching.name_of_call(node).rstrip("_")
+
+    def option(position: int, word: str, default: Any) -> Any:
+        return getattr(module, word) if module is not None else matching.argument(node, position, word, default)
+
+    if name in ("relu", "hardswish"):
+        return PostOp(name)
+    if name == "silu":
+        return PostOp("swish")
+    if name in ("relu6", "hardtanh", "clamp"):
+        words = ("min", "max") if name == "clamp" else ("min_val", "max_val")
+        limits = (0.0, 6.0) if name == "relu6" else (option(1, words[0], None), option(2, words[1], None))
+        if name == "hardtanh" and module is None:
+            limits = (option(1, "min_val", -1.0), option(2, "max_val", 1.0))
+        if all(isinstance(v, (int, float)) for v in limits):
+            return PostOp("hardtanh", (float(limits[0]), float(limits[1])))
+        return None
+    if not linear:
+        return None
+    if name == "gelu":
+        return PostOp("gelu", (), option(1, "approximate", "none"))
+    if name == "leaky_relu" or name == "leakyrelu":
+        return PostOp("leaky_relu", (float(option(1, "negative_slope", 0.01)),))
+    return PostOp("tanh") if name == "tanh" else None
