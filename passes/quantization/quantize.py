@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxcompress import matching
 from fxcompress.analysis.memory import Memory
@@ -25,6 +25,7 @@ from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.layers import LAYERS, CalledLayer, Layer, called_layers
 from fxcompress.matching import check_patterns, check_patterns_match
 from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
+from fxcompress.passes.quantization.embeddings import EmbeddingRounding, obstacle_to_embedding
 from fxcompress.passes.quantization.emission import write_layer
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver, Seen
@@ -47,7 +48,8 @@ __all__ = ["Quantize"]
 class Quantize(Pass):
     """Round weights and activations to integers.
 
-    Fold batch norms before (``["fold-batch-norm", "quantize"]``): one that is left is computed in real numbers.
+    Fold batch norms before (``["fold-batch-norm", "quantize"]``): one that is left is computed in real numbers. Tables
+    of embeddings become integers of 8 bits, a scale for each row, unless ``overrides`` say otherwise.
 
     Args:
         weight_bits: 2 to 8; stored as int8.
@@ -173,6 +175,10 @@ class Quantize(Pass):
                 sequential,
             )
             yield Site(called.calls[0], weights, {"module": called.path, **settings})
+        for table in found.embeddings:
+            bits = self._settings(table.paths, embedding=True)["weight_bits"]
+            rounding = EmbeddingRounding(context.gm, table, Grid.of_weights(bits))
+            yield Site(table.calls[0], rounding, {"module": table.path, "weight_bits": bits})
         yield from found.refusals
 
     def rewrite(self, site: Site) -> Mapping[str, Any] | None:
@@ -185,10 +191,10 @@ class Quantize(Pass):
     def _is_static(self) -> bool:
         return self.activation_bits is not None and not self.dynamic
 
-    def _settings(self, paths: Iterable[str]) -> dict[str, Any]:
-        """What holds for the layer at ``paths``."""
+    def _settings(self, paths: Iterable[str], *, embedding: bool = False) -> dict[str, Any]:
+        """What holds for the layer, or table of embeddings, at ``paths``."""
         found = {
-            "weight_bits": self.weight_bits,
+            "weight_bits": 8 if embedding else self.weight_bits,
             "activation_bits": self.activation_bits,
             "granularity": self.granularity,
         }
@@ -250,9 +256,10 @@ def _check_settings(weight_bits: Any, activation_bits: Any, granularity: Any) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Found:
-    """The layers to quantise, the settings of each by path, the values to round, and what is refused."""
+    """The layers and tables to quantise, the settings of layers by path, the values to round, and what is refused."""
 
     layers: list[CalledLayer[Layer]]
+    embeddings: list[CalledLayer[nn.Embedding]]
     settings: Mapping[str, Mapping[str, Any]]
     placement: Placement
     refusals: list[Refusal]
@@ -260,10 +267,13 @@ class _Found:
     @classmethod
     def of(cls, pass_: Quantize, context: PassContext) -> _Found:
         found, refused = called_layers(context, LAYERS)
-        known = {path for c in found for path in c.paths} | {path for _, paths in refused for path in paths}
+        tables, refused_tables = called_layers(context, (nn.Embedding,))
+        refused_tables = [r for r in refused_tables if r[1]]  # calls of functions were among the others
+        known = {path for c in found for path in c.paths} | {path for c in tables for path in c.paths}
+        known |= {path for _, paths in (*refused, *refused_tables) for path in paths}
         check_patterns_match((*pass_.exclude, *pass_.only, *pass_.overrides), known)
         layers: list[CalledLayer[Any]] = []
-        refusals = [_clearer(refusal) for refusal, _ in refused]
+        refusals = [_clearer(refusal) for refusal, _ in (*refused, *refused_tables)]
         memory = Memory(context.gm, lambda node: isinstance(context.shapes[node], TensorSpec))
         for called in found[1:-1] if pass_.keep_ends else found:
             if not called.is_wanted(pass_.exclude, pass_.only):
@@ -272,14 +282,22 @@ class _Found:
                 refusals.append(Refusal(called.calls[0], obstacle))
             else:
                 layers.append(called)
+        embeddings = []
+        for table in tables:
+            if table.is_wanted(pass_.exclude, pass_.only):
+                if obstacle := obstacle_to_embedding(table):
+                    refusals.append(Refusal(table.calls[0], obstacle))
+                else:
+                    embeddings.append(table)
+        refusals += _unfolded(context, layers)
         if not layers and any(r.reason == _QUANTISED for r in refusals):
             raise PreconditionError(f"{pass_.name}: the model is quantised already; give the one before that")
         settings = {c.path: pass_._settings(c.paths) for c in layers}
         calls = {call for c in layers if settings[c.path]["activation_bits"] for call in c.calls}
         if pass_.activation_bits is None and not calls:
-            return cls(layers, settings, Placement(()), refusals)
+            return cls(layers, embeddings, settings, Placement(()), refusals)
         chains = (lambda node: False) if pass_.dynamic else calls.__contains__
-        return cls(layers, settings, place(context, calls.__contains__, chains), refusals)
+        return cls(layers, embeddings, settings, place(context, calls.__contains__, chains), refusals)
 
 
 _QUANTISED = "has integer weights already"
@@ -289,6 +307,13 @@ def _clearer(refusal: Refusal) -> Refusal:
     if any(is_weight_dequantize(n) for n in refusal.node.all_input_nodes):
         return Refusal(refusal.node, _QUANTISED)
     return refusal
+
+
+def _unfolded(context: PassContext, layers: Iterable[CalledLayer[Any]]) -> Iterator[Refusal]:
+    """Batch norms that follow a layer directly: they could have been folded into it."""
+    for user in dict.fromkeys(user for called in layers for call in called.calls for user in call.users):
+        if isinstance(context.module(user), nn.modules.batchnorm._BatchNorm):
+            yield Refusal(user, "is computed in real numbers behind a layer of integers; put fold-batch-norm before")
 
 
 def _obstacle(called: CalledLayer[Any], context: PassContext, memory: Memory) -> str | None:

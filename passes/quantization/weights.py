@@ -12,7 +12,15 @@ from fxcompress.layers import Layer
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.rounding import adaptive
 
-__all__ = ["Granularity", "IntegerWeight", "missing_rows", "real_rows", "rows_as_weight", "weight_as_integers"]
+__all__ = [
+    "Granularity",
+    "IntegerWeight",
+    "missing_rows",
+    "real_rows",
+    "rows_as_integers",
+    "rows_as_weight",
+    "weight_as_integers",
+]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -120,6 +128,16 @@ def missing_rows(layer: Layer, weight: IntegerWeight) -> Tensor:
 
 def _real_rows(layer: Layer) -> Tensor:
     return _rows_of(layer, layer.weight.detach().to("cpu", torch.float64))
+
+
+def rows_as_integers(matrix: Tensor, grid: Grid) -> tuple[Tensor, Tensor, float]:
+    """A matrix as integers, int8, with a scale for each row, of its own dtype; and the error relative to its norm."""
+    rows = matrix.to("cpu", torch.float64)
+    scale = _best_scale(rows, grid).to(matrix.dtype).double()
+    integers = grid.round(rows, scale[:, None])
+    missing = float((integers * scale[:, None] - rows).norm())
+    error = missing / max(float(rows.norm()), torch.finfo(torch.float64).tiny)
+    return integers.to(matrix.device, torch.int8), scale.to(matrix.device, matrix.dtype), error
 
 
 def _importance(weighting: Tensor, rows: Tensor) -> Tensor:

@@ -255,6 +255,48 @@ def test_a_pickle_runs_in_a_new_process(tmp_path: Path) -> None:
     assert float(printed) == pytest.approx(float(found(x).sum()), rel=1e-5)
 
 
+class Text(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, 16, padding_idx=0, **options), nn.Embedding(8, 16)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.words(x) + self.places(torch.arange(x.shape[1], device=x.device)))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_embeddings_become_integers(bits: int) -> None:
+    torch.manual_seed(0)
+    model, batches = Text().eval(), [torch.randint(0, 50, (3, 8)) for _ in range(3)]
+    pass_ = Quantize(overrides={"words": {"weight_bits": bits}})
+    found = fxcompress.compile(model, [pass_], batches[0], calibration=batches)
+    words = found.get_submodule("words")
+    assert words.weight.dtype is torch.int8
+    assert int(words.weight.abs().max()) == 2 ** (bits - 1) - 1
+    assert not words.weight[0].any(), "the padding stays zero"
+    missing = (words.weight * words.weight_scale[:, None] - model.words.weight).abs()
+    assert (missing <= words.weight_scale[:, None] * (0.5 if bits == 8 else 1.5) + 1e-6).all()
+    x = torch.randint(0, 50, (1, 8))
+    assert float((found(x) - model(x)).norm().detach() / model(x).norm().detach()) < (0.05 if bits == 8 else 0.3)
+    assert fxcompress.report(found).passes[-1].bytes_after < 0.5 * fxcompress.report(found).passes[-1].bytes_before
+
+
+def test_embeddings_that_are_left_alone() -> None:
+    model, batches = Text(max_norm=1.0).eval(), [torch.randint(0, 50, (3, 8))]
+    pass_ = Quantize(exclude=("places",))
+    record = fxcompress.report(fxcompress.compile(model, [pass_], batches[0], calibration=batches)).passes[-1]
+    assert "max_norm" in record.refusals[0].reason
+    assert {d.get("module") for d in record.details} == {"last", None}
+
+
+def test_batch_norms_that_could_be_folded_are_pointed_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    record = fxcompress.report(compiled(model, [Quantize()])).passes[-1]
+    assert [(r.target, "fold-batch-norm" in r.reason) for r in record.refusals] == [("1", True)]
+    assert not fxcompress.report(compiled(model, ["fold-batch-norm", Quantize()])).passes[-1].refusals
+
+
 # --- bad input ---
 
 
