@@ -40,6 +40,7 @@ __all__ = [
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "folded": ("remove-identity", "fold-batch-norm"),
     "factorised": ("remove-identity", "fold-batch-norm", "alds:ratio=0.3,error=activation"),
+    "int8": ("remove-identity", "fold-batch-norm", "quantize", "lower-int8"),
     "pruned": ("remove-identity", "prune-channels:ratio=0.2,measure=macs,reconstruct=True", "fold-batch-norm"),
 }
 """Name of a result -> the passes that make it, in order."""
@@ -198,7 +199,12 @@ def _compiler_complaint(error: Exception) -> str:
 def time_compiled(
     models: dict[str, nn.Module], example: torch.Tensor, repeats: int, tell: Tell
 ) -> dict[str, Latency] | str:
-    """Latency of ``models`` under ``torch.compile``, or why it cannot work here (it needs a C++ compiler on CPU)."""
+    """Latency of ``models`` under ``torch.compile``, or why it cannot work here (it needs a C++ compiler on CPU).
+
+    Weights are frozen (``torch._inductor.config.freezing``), as they are for who serves a model; without that there are
+    no integer kernels.
+    """
+    import torch._inductor.config as inductor
     from torch._dynamo.exc import BackendCompilerFailed
 
     compiled: dict[str, Callable[..., Any]] = {}
@@ -206,7 +212,7 @@ def time_compiled(
         tell("torch.compile", name)
         compiled[name] = torch.compile(model)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), inductor.patch(freezing=True):
                 compiled[name](example)
         except BackendCompilerFailed as error:
             return _compiler_complaint(error)

@@ -66,6 +66,12 @@ def test_labels_are_sensible_and_stay(result: demo.DemoResult) -> None:
         assert before.label in SENSIBLE.get(photo, {before.label}), photo
 
 
+def test_integers_keep_the_classes_in_a_quarter_of_the_bytes(result: demo.DemoResult) -> None:
+    quantised, original = result.outcomes["int8"], result.outcomes["original"]
+    assert quantised.agreement >= 0.95
+    assert quantised.size < 0.3 * original.size
+
+
 def test_every_batch_norm_is_folded(result: demo.DemoResult) -> None:
     norms = [module for module in load_model().modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for report in result.reports.values():
