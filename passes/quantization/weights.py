@@ -22,6 +22,8 @@ __all__ = [
     "weight_as_integers",
 ]
 
+_BLOCK = 2**18
+"""Elements whose scales are chosen at a time."""
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 Granularity: TypeAlias = Literal["tensor", "channel"] | int
@@ -160,11 +162,22 @@ def _scales(layer: Layer, scale: Tensor, axis: int | None) -> Tensor:
 
 
 def _best_scale(rows: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
-    """For each row the scale, exact in float32, whose rounding has the least (weighted) square error."""
+    """For each row the scale, exact in float32, whose rounding has the least (weighted) square error. Errors are
+    compared in float32, and for as many rows at a time as stay in a cache."""
+    count = max(_BLOCK // max(rows.shape[1], 1), 1)
+    blocks = (slice(start, start + count) for start in range(0, len(rows), count))
+    return torch.cat([_best_scale_of_few(rows[b], grid, None if importance is None else importance[b]) for b in blocks])
+
+
+def _best_scale_of_few(rows: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
+    exact, weight = rows.float(), None if importance is None else importance.float()
+    buffer = torch.empty_like(exact)
 
     def error(scale: Tensor) -> Tensor:
-        squares = (grid.nearest(rows, scale[:, None]) - rows).square()
-        return (squares if importance is None else squares * importance).sum(1)
+        step = scale.float()[:, None]
+        torch.div(exact, step, out=buffer)
+        buffer.round_().clamp_(grid.low, grid.high).mul_(step).sub_(exact).square_()
+        return (buffer if weight is None else buffer.mul_(weight)).sum(1)
 
     largest = rows.abs().amax(1)
     best = grid.scales(-largest, largest)[0]
