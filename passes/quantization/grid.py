@@ -48,6 +48,11 @@ class Grid:
         return self.low == -self.high
 
     @property
+    def bits(self) -> int:
+        """How many bits its integers need."""
+        return (self.high - self.low).bit_length()
+
+    @property
     def least_scale(self) -> float:
         """No scale is smaller, so that its inverse is a number."""
         return 1e-30

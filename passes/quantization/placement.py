@@ -102,6 +102,13 @@ class Value:
     readers: tuple[fx.Node, ...]
     scale: int
 
+    def place(self) -> fx.Node:
+        """The node before which it can be rounded: the next one, after all inputs of the graph if it is one."""
+        node = self.node
+        while node.op == "placeholder" and node.next.op == "placeholder":
+            node = node.next
+        return node.next
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:

@@ -23,6 +23,7 @@ from fxcompress.pass_base import Guarantee, Need, Observation, PassContext, Refu
 from fxcompress.passes.quantization.deciding import Found, RoundingPass
 from fxcompress.passes.quantization.embeddings import EmbeddingRounding
 from fxcompress.passes.quantization.emission import write_layer
+from fxcompress.passes.quantization.fake_quantize import conversions, is_fake_quantized
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.placement import Value
 from fxcompress.passes.quantization.sequential import Rounded, SequentialRounding, has_moments
@@ -55,6 +56,9 @@ class Quantize(RoundingPass):
         correct_bias: where there is calibration data, let biases take up what the rounding of weights changes in the
             mean (Nagel et al. 2019, arXiv 1906.04721, section 4.2).
 
+    A graph that ``fake-quantize`` made becomes integers by its own settings, the same that it computed with; then give
+    no options, and no calibration data is needed.
+
     There is a site for each layer (detail: ``module``, ``weight_bits``, ``activation_bits``, ``granularity``,
     ``weight_error`` relative to the norm of the weight) and for each value that is rounded (``value``, ``bits``,
     and unless it is dynamic ``scale``, ``zero_point``).
@@ -85,13 +89,16 @@ class Quantize(RoundingPass):
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`."""
+        if is_fake_quantized(context.gm):
+            self._converts(context)
+            return
         super().requires(context)
         if context.batches is None and self.rounding == "adaptive":
             raise PreconditionError(f"{self.name}: adaptive rounding looks at data; pass `calibration`")
 
     def observes(self, context: PassContext) -> Iterable[Observation]:
         """See :meth:`Pass.observes`."""
-        if context.batches is None:
+        if context.batches is None or is_fake_quantized(context.gm):
             return
         found = Found.of(self, context)
         for called in found.layers:
@@ -103,7 +110,10 @@ class Quantize(RoundingPass):
         yield from self.ranges(context, found)
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
-        """See :meth:`Pass.sites`: values first, then layers."""
+        """See :meth:`Pass.sites`: values first, then layers; of a fake-quantised graph in its own order."""
+        if is_fake_quantized(context.gm):
+            yield from conversions(context)
+            return
         found = Found.of(self, context)
         for number, group in enumerate(found.placement.sharing()):
             grid = self.grid(found, group)
@@ -138,6 +148,18 @@ class Quantize(RoundingPass):
         return said
 
     # ------------------------------------------------------------------------------------------------- options
+    def _converts(self, context: PassContext) -> None:
+        """Refuse options that a fake-quantised graph has settled, and one in training mode."""
+        if context.gm.training:
+            raise PreconditionError(f"{self.name}: the model is in training mode; call model.eval() before")
+        default = type(self)()
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        if changed:
+            raise PreconditionError(
+                f"{self.name}: the model was trained with the settings that fake-quantize was given, and becomes "
+                f"integers by these; drop {', '.join(changed)}"
+            )
+
     @property
     def is_static(self) -> bool:
         """Whether the scales of activations come from calibration data."""
@@ -172,29 +194,19 @@ class _Rounding:
     dtype: torch.dtype
 
     def said(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"value": self.value.node.name, "bits": self.grid.high.bit_length()}
-        if self.grid.is_signed:
-            found["bits"] += 1
         if self.by is not None:
-            found |= {"scale": self.by.scale, "zero_point": self.by.zero_point}
-        return found
+            return self.by.said(self.value.node)
+        return {"value": self.value.node.name, "bits": self.grid.bits}
 
     def operate(self) -> None:
         node = self.value.node
-        with self.gm.graph.inserting_before(_last_input(node).next):
+        with self.gm.graph.inserting_before(self.value.place()):
             if self.by is None:
                 rounded = insert_dynamic_pair(node, self.grid, self.dtype)
             else:
                 rounded = insert_dequantize(insert_quantize(node, self.by), self.by, self.dtype)
         for reader in self.value.readers:
             reader.replace_input_with(node, rounded)
-
-
-def _last_input(node: fx.Node) -> fx.Node:
-    """``node``, or the last input of the graph if it is one: inputs come first."""
-    while node.op == "placeholder" and node.next.op == "placeholder":
-        node = node.next
-    return node
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

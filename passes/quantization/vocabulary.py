@@ -61,6 +61,10 @@ class PerTensor:
         """As the operators take them."""
         return self.scale, self.zero_point, self.grid.low, self.grid.high, self.grid.dtype
 
+    def said(self, value: fx.Node) -> dict[str, Any]:
+        """For the record of ``value``."""
+        return {"value": value.name, "bits": self.grid.bits, "scale": self.scale, "zero_point": self.zero_point}
+
 
 def quantize(x: Tensor, by: PerTensor) -> Tensor:
     """The integers of ``x``."""

@@ -90,7 +90,7 @@ def weight_as_integers(
     axis = _axis(layer)
     rows = _real_rows(layer) if target is None else target
     group = granularity if isinstance(granularity, int) and granularity < rows.shape[1] else 0
-    if group and rows.shape[1] % group:
+    if group and (rows.shape[1] % group or isinstance(layer, _TRANSPOSED)):  # whose rows lie across the weight
         group = 0
     parts = rows.reshape(-1, group) if group else rows
     importance = None if weighting is None else _importance(weighting, rows).reshape(parts.shape)
