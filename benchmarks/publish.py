@@ -23,7 +23,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
     versions = {}
-    for name in ("torch", "torchvision", "timm", "transformers"):
+    for name in ("torch", "torchvision", "timm", "transformers", "torchao", "openvino", "nncf", "onnx", "onnxruntime"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

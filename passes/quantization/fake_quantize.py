@@ -96,7 +96,7 @@ class _Values:
         if self._path is None:
             tensors: Iterable[Tensor] = (*self._gm.parameters(), *self._gm.buffers())
             device = next((t.device for t in tensors), None)
-            module = FakeQuantizer(self._by, self._learned, device)
+            module = FakeQuantizer(self._by, self._learned, device).train(self._gm.training)
             self._path = editing.add_module(self._gm, f"{value.node.name}_fake_quant", module)
         with self._gm.graph.inserting_before(value.place()):
             rounded = self._gm.graph.call_module(self._path, (value.node,))
