@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, dequantize_channels, quantize
@@ -206,7 +207,15 @@ def to_uint8(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> T
         zero_point: the integer that stands for 0.
         low: at least 0.
         high: at most 255.
+
+    Raises:
+        TypeError: ``x`` is not float32, for which the graph was quantised.
     """
+    if has_torch_function_unary(x):  # a graph that comes back from a pickle is traced: this stays one call
+        result: Tensor = handle_torch_function(to_uint8, (x,), x, scale, zero_point, low, high)
+        return result
+    if x.dtype is not torch.float32:
+        raise TypeError(f"the graph was quantised for float32 and got {x.dtype}; convert the inputs, or quantise anew")
     if torch.compiler.is_compiling():
         return quantize(x, PerTensor(scale, zero_point, Grid(low, high, torch.uint8)))
     shifted = torch.add(x.new_tensor(zero_point + 0.5), x, alpha=1 / scale)

@@ -486,6 +486,19 @@ def test_rounding_at_the_border(seed: int, zero_point: int) -> None:
 
 
 @needs_kernels
+def test_inputs_of_another_dtype_are_refused() -> None:
+    reference, x = compiled(Residual(late=False), [Quantize()]), data(1)[0]
+    lowered = compiled(reference, [LowerInt8()])
+    again = pickle.loads(pickle.dumps(lowered))
+    assert [str(n.target) for n in again.graph.nodes] == [str(n.target) for n in lowered.graph.nodes]
+    for other in (x.double(), (x * 10).to(torch.uint8), x.bfloat16()):
+        with pytest.raises(TypeError, match="quantised for float32"):
+            lowered(other)
+    with pytest.raises(AssertionError, match="dtype"):
+        reference(x.double())
+
+
+@needs_kernels
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_lowering_keeps_what_the_reference_gives(late: bool, symmetric: bool) -> None:
