@@ -75,7 +75,8 @@ class RoundingPass(Pass):
     @property
     def is_static(self) -> bool:
         """Whether the scales of activations come from calibration data."""
-        return self.activation_bits is not None
+        bits = (self.activation_bits, *(settings.get("activation_bits") for settings in self.overrides.values()))
+        return any(b is not None for b in bits)
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`."""

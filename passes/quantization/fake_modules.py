@@ -3,7 +3,8 @@
 With s the scale and z the zero point, ``x -> s * (clamp(round(x / s) + z, low, high) - z)``. Backward, rounding counts
 as the identity (Bengio et al. 2013, arXiv 1308.3432), so that gradients pass where nothing is clipped, and stop
 elsewhere. By the same rule the gradient of s is ``round(x/s) - x/s`` inside and the bound outside: that of learned step
-sizes (Esser et al. 2020, arXiv 1902.08153, equation 3), which is scaled by ``1 / sqrt(count * high)`` (section 2.2).
+sizes (Esser et al. 2020, arXiv 1902.08153, equation 3), which is scaled by ``1 / sqrt(count * high)`` (section 2.2),
+with the count of weights on a scale, or of elements of a sample.
 Arithmetic is that of the ``quantized_decomposed`` operators, so that what is converted gives the same integers.
 """
 
@@ -84,7 +85,7 @@ class FakeQuantizer(_Fake):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` as integers stand for it."""
-        scale = self._scale_for(max(x.numel(), 1))
+        scale = self._scale_for(max(x.numel() // max(len(x), 1), 1) if x.dim() else 1)
         return _rounded(x, scale, self.zero_point, self.grid) * scale.to(x.dtype)
 
     def by(self) -> PerTensor:

@@ -163,7 +163,7 @@ class Quantize(RoundingPass):
     @property
     def is_static(self) -> bool:
         """Whether the scales of activations come from calibration data."""
-        return self.activation_bits is not None and not self.dynamic
+        return super().is_static and not self.dynamic
 
     # ------------------------------------------------------------------------------------------------- statistics
     def _looks_at_inputs(self, called: CalledLayer[Layer]) -> bool:

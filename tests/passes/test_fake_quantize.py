@@ -114,12 +114,12 @@ def test_arithmetic_is_that_of_the_operators(seed: int, zero_point: int, symmetr
 def test_gradients_by_hand() -> None:
     """Scale 0.5, integers -3 to 3: 0.6 is 1 (inside), 2.0 and -5.0 are clipped to 3 and -3."""
     fake = FakeQuantizer(PerTensor(0.5, 0, Grid(-3, 3, torch.int8)), learned=True)
-    x = torch.tensor([0.6, 2.0, -5.0], requires_grad=True)
+    x = torch.tensor([[0.6, 2.0, -5.0]], requires_grad=True)
     y = fake(x)
-    assert torch.equal(y, torch.tensor([0.5, 1.5, -1.5]))
-    y.backward(torch.tensor([1.0, 10.0, 100.0]))
+    assert torch.equal(y, torch.tensor([[0.5, 1.5, -1.5]]))
+    y.backward(torch.tensor([[1.0, 10.0, 100.0]]))
     assert x.grad is not None
-    assert torch.equal(x.grad, torch.tensor([1.0, 0.0, 0.0]))
+    assert torch.equal(x.grad, torch.tensor([[1.0, 0.0, 0.0]]))
     step = (1 - 0.6 / 0.5) + 10 * 3 + 100 * -3
     assert float(fake.scale.grad) == pytest.approx(step / (3 * 3) ** 0.5, rel=1e-5)
 

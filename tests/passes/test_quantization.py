@@ -148,6 +148,7 @@ def test_what_is_stored_is_small() -> None:
     "options",
     [
         {"dynamic": True}, {"activation_bits": None}, {"activation_bits": 16}, {"granularity": 4}, {"symmetric": True},
+        {"activation_bits": None, "overrides": {"first": {"activation_bits": 8}}},
         {"weight_bits": 4, "rounding": "adaptive"}, {"overrides": {"stem": {"weight_bits": 3}}}, {"keep_ends": True},
     ],
 )  # fmt: skip
@@ -324,6 +325,15 @@ def test_bad_models_and_data_are_refused() -> None:
     record = fxcompress.report(compiled(copy.deepcopy(model).double(), [Quantize()], [x.double()])).passes[-1]
     assert record.sites == 0
     assert "float64" in record.refusals[0].reason
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_of_weights_of_transposed_convolutions_have_a_scale_for_each_channel(groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(8, 6, 3, groups=groups))
+    x = torch.randn(2, 8, 5, 5)
+    found = compiled(model, [Quantize(activation_bits=None, granularity=4)], [x])
+    assert float((found(x) - model(x)).norm().detach() / model(x).norm().detach()) < 0.02
 
 
 # --- kernels ---
