@@ -102,6 +102,11 @@ def _multi_head_attention(args: Args, kwargs: Kwargs, out: Any) -> int:
     return int(projections + 2 * query.numel() * length)
 
 
+def _packed(args: Args, kwargs: Kwargs, out: Any) -> int:
+    """oneDNN's int8 kernels, whose packed weight has as many elements as the weight, and a scale for each output."""
+    return int(out.numel() * (args[3].numel() // args[4].numel()))
+
+
 def _recurrent(args: Args, kwargs: Kwargs, out: Any) -> int:
     """Every weight matrix, of all gates, layers, directions and the projection, once per time step and sample; the
     input's rows are just those, padded (T, N, features) or packed (steps, features)."""
@@ -192,6 +197,8 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(("mm", "bmm", "matmul", "linalg_matmul", "mv", "dot", "vdot", "inner", "linear"), _LEFT),
     **dict.fromkeys(("int_mm", "scaled_mm"), _LEFT),
     "rmatmul": _product(1, "other"),
+    **dict.fromkeys(("weight_int8pack_mm", "weight_int4pack_mm_for_cpu"), _LEFT),
+    **dict.fromkeys(("qconv2d_pointwise", "qlinear_pointwise"), _packed),
     "addmm": _product(1, "mat1"),
     "addmv": _product(1, "mat"),
     "baddbmm": _product(1, "batch1"),

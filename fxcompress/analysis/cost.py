@@ -104,7 +104,7 @@ _NOTHING = """
     max_pool2d avg_pool2d adaptive_avg_pool2d
 """
 _NOTHING_TO_COUNT = frozenset(_NOTHING.split())
-_COUNTABLE_NAMESPACES = frozenset({"aten", "prim", "prims", "quantized_decomposed"})
+_COUNTABLE_NAMESPACES = frozenset({"aten", "prim", "prims", "quantized_decomposed", "quantized", "onednn"})
 
 
 class _MacCounter(TorchFunctionMode):

@@ -528,6 +528,18 @@ def test_lowering_keeps_what_the_reference_gives(late: bool, symmetric: bool) ->
 
 
 @needs_kernels
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"activation_bits": None}])
+def test_integer_kernels_multiply_as_much(options: dict[str, Any]) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, groups=1), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(128, 32), nn.Linear(32, 5)
+    )
+    found = compiled(model, [Quantize(**options), LowerInt8()])
+    record = fxcompress.report(found).passes[-1]
+    assert record.sites
+    assert record.macs_after == record.macs_before > 0
+
+
+@needs_kernels
 def test_loaded_weights_are_packed_anew() -> None:
     batches = data()
     torch.manual_seed(0)
