@@ -62,7 +62,7 @@ def convert_weight(gm: fx.GraphModule, node: fx.Node, weight: IntegerWeight) -> 
 def _integers(gm: fx.GraphModule, path: str, weight: IntegerWeight, dtype: torch.dtype) -> fx.Node:
     """Nodes that make reals of ``weight``, which what is at ``path`` holds from now on."""
     holder, graph = gm.get_submodule(path), gm.graph
-    holder.weight = nn.Parameter(weight.integers, requires_grad=False)
+    holder.weight = nn.Parameter(weight.integers.contiguous(), requires_grad=False)
     holder.register_buffer("weight_scale", weight.scale)
     holder.register_buffer("weight_zero_point", torch.zeros_like(weight.scale, dtype=torch.int64))
     integers = graph.get_attr(f"{path}.weight")

@@ -126,6 +126,10 @@ class Int8Layer(nn.Module):
     def _added(self) -> tuple[float, int]:
         return (1.0, 0) if self.other is None else (self.other.scale, self.other.zero_point)
 
+    def _dense(self) -> Tensor:
+        """The weight, row after row: packing ignores strides, and would take a transposed one for another."""
+        return self.weight.detach().contiguous()
+
     def _pack(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how its weight is packed")
 
@@ -156,7 +160,7 @@ class Int8Conv(Int8Layer):
 
     def _pack(self, x: Tensor) -> Tensor:
         scales = self.weight_scale, self.given.scale, self.given.zero_point
-        packed: Tensor = _ONEDNN.qconv_prepack(self.weight, *scales, *self._sizes, list(x.shape))
+        packed: Tensor = _ONEDNN.qconv_prepack(self._dense(), *scales, *self._sizes, list(x.shape))
         return packed
 
     def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
@@ -179,7 +183,7 @@ class Int8Linear(Int8Layer):
     """A linear layer on integers. Arguments are those of :class:`Int8Layer`."""
 
     def _pack(self, x: Tensor) -> Tensor:
-        packed: Tensor = _ONEDNN.qlinear_prepack(self.weight, [x.numel() // x.shape[-1], x.shape[-1]])
+        packed: Tensor = _ONEDNN.qlinear_prepack(self._dense(), [x.numel() // x.shape[-1], x.shape[-1]])
         return packed
 
     def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:

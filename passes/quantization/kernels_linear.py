@@ -116,7 +116,7 @@ class WeightOnlyLinear(nn.Module):
     def _pack(self) -> tuple[Tensor, ...]:
         scale = self.weight_scale.bfloat16()
         if not self.group:
-            return self.weight.detach(), scale
+            return self.weight.detach().contiguous(), scale
         integers = self.weight.detach().int() + _INT4_MIDDLE
         scale = scale.reshape(len(integers), -1).T
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)

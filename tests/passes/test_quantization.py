@@ -540,6 +540,21 @@ def test_integer_kernels_multiply_as_much(options: dict[str, Any]) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"activation_bits": None}])
+def test_weights_that_are_transposed_in_memory(options: dict[str, Any]) -> None:
+    """As in GPT-2, whose layers keep their weights the other way round; and after a change of memory format."""
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(16, 8), nn.Conv2d(4, 6, 3)
+    linear.weight = nn.Parameter(torch.randn(16, 8).T)
+    conv.weight = nn.Parameter(torch.randn(4, 6, 3, 3).transpose(0, 1))
+    for layer, x in ((linear, torch.randn(5, 16)), (conv, torch.randn(2, 4, 8, 8))):
+        reference = compiled(nn.Sequential(layer), [Quantize(**options)], [x])
+        lowered = compiled(reference, [LowerInt8()], [x])
+        for other in (lowered, copy.deepcopy(lowered).to(memory_format=torch.channels_last)):
+            assert float((other(x) - reference(x)).norm() / reference(x).norm()) < 0.01
+
+
+@needs_kernels
 def test_loaded_weights_are_packed_anew() -> None:
     batches = data()
     torch.manual_seed(0)
