@@ -5,7 +5,7 @@ What is alive at one node must fit in memory, of both, beside three copies of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress import matching
 from fxcompress.analysis.running import SteppedRun
+from fxcompress.calibration import checked
 from fxcompress.editing import private_copy
 from fxcompress.pass_base import Example
 
@@ -22,27 +23,38 @@ __all__ = ["Sweep"]
 class Sweep:
     """Goes on from layer to layer, so that each is seen with what those before it have become.
 
-    Args:
-        original: the graph before.
-        gm: as it is now. A copy of it runs; :meth:`until` gives the copy's layer along with the graph's, and what is
-            changed in one is to be changed in both.
-        was: nodes of ``gm`` to those of ``original``; others are new.
-        data: the calibration data.
+    To be made before anything in ``gm`` is changed. A copy of ``gm`` as it is at :meth:`begin` runs; what is changed in
+    one of them afterwards is to be changed in both.
 
-    Attributes:
-        twin: the copy that runs.
+    Args:
+        gm: the graph.
+        batches: the calibration data.
+
+    Raises:
+        UsageError: a batch does not fit the graph, or there are none.
     """
 
-    def __init__(
-        self, original: fx.GraphModule, gm: fx.GraphModule, was: Mapping[fx.Node, fx.Node], data: list[Example]
-    ) -> None:
-        self.twin, self._was = private_copy(gm).eval(), was
-        self._todo: Iterator[Any] = zip(list(gm.graph.nodes), list(self.twin.graph.nodes), strict=True)
-        self._before = [SteppedRun(original, batch.args, batch.kwargs) for batch in data]
-        self._now = [SteppedRun(self.twin, batch.args, batch.kwargs) for batch in data]
-        self._halted: fx.Node | None = None
-        tensors = [*gm.parameters(), *gm.buffers()]
-        self.cuda = sorted({t.device.index for t in tensors if t.is_cuda})
+    def __init__(self, gm: fx.GraphModule, batches: Iterable[Example]) -> None:
+        self._gm, self._data = gm, checked(gm, batches)
+        self._original = private_copy(gm).eval()
+        self._was = dict(zip(gm.graph.nodes, self._original.graph.nodes, strict=True))
+        self._twin: fx.GraphModule | None = None
+
+    def begin(self) -> fx.GraphModule:
+        """Copy ``gm``, if that has not been done; :meth:`until` sees to it too.
+
+        Returns:
+            The copy that runs.
+        """
+        if self._twin is None:
+            self._twin = private_copy(self._gm).eval()
+            self._todo: Iterator[Any] = zip(list(self._gm.graph.nodes), list(self._twin.graph.nodes), strict=True)
+            self._before = [SteppedRun(self._original, batch.args, batch.kwargs) for batch in self._data]
+            self._now = [SteppedRun(self._twin, batch.args, batch.kwargs) for batch in self._data]
+            self._halted: fx.Node | None = None
+            tensors = [*self._gm.parameters(), *self._gm.buffers()]
+            self._cuda = sorted({t.device.index for t in tensors if t.is_cuda})
+        return self._twin
 
     def until(self, wanted: fx.Node) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
         """Go on to the layer that ``wanted``, a node of ``gm`` after those asked for before, calls.
@@ -50,7 +62,8 @@ class Sweep:
         Returns:
             The layer in the copy that runs, and for each batch what it reads now and what it gave before.
         """
-        with torch.no_grad(), torch.random.fork_rng(devices=self.cuda):
+        running = self.begin()
+        with torch.no_grad(), torch.random.fork_rng(devices=self._cuda):
             if self._halted is not None:
                 self._step(self._halted)
             for node, twin in self._todo:
@@ -66,7 +79,7 @@ class Sweep:
         source = matching.tensor_input(twin)
         assert source is not None, "a layer reads a tensor"
         values = [(n.env[source], b.env[before]) for b, n in zip(self._before, self._now, strict=True)]
-        return self.twin.get_submodule(str(twin.target)), values
+        return running.get_submodule(str(twin.target)), values
 
     def _step(self, node: fx.Node) -> None:
         for run in self._now:

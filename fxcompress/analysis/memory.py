@@ -14,6 +14,9 @@ from fxcompress.modules import GroupedLinear, ScaledDotProductAttention
 
 __all__ = ["Memory"]
 
+_OWN_MODULES = (GroupedLinear, ScaledDotProductAttention)
+"""Of this package; they give new tensors and write to nothing."""
+
 # Files of torch.nn.modules whose modules return new tensors (unless in place), and calls that do.
 _FRESH_FILES = frozenset(
     "activation batchnorm conv instancenorm normalization padding pooling sparse upsampling".split()
@@ -56,7 +59,7 @@ class Memory:
         for position, node in enumerate(gm.graph.nodes):
             self._parent[node] = node
             self._position[node] = position
-            for source in self._shared_by(node):
+            for source in self.passed_on(node):
                 self._parent[self._root(source)] = self._root(node)
         self._last_strided: fx.Node | None = None
         self._last_writer: dict[fx.Node, fx.Node] = {}
@@ -109,10 +112,6 @@ class Memory:
         root = self._root(value)
         return [node for node in self._position if self._root(node) is root]
 
-    def passed_on(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs of ``node`` with which what it gives may share memory by what ``node`` itself does."""
-        return self._shared_by(node)
-
     def _is_dense(self, node: fx.Node) -> bool:
         """Whether a tensor surely has neither gaps nor overlaps: newly made, or rearranged from one that was."""
         source = matching.tensor_input(node)
@@ -134,7 +133,7 @@ class Memory:
             self._parent[node], node = root, self._parent[node]
         return root
 
-    def _shared_by(self, node: fx.Node) -> list[fx.Node]:
+    def passed_on(self, node: fx.Node) -> list[fx.Node]:
         """The inputs of ``node`` that its result may share memory with."""
         if node.op == "output" or self._is_fresh(node):
             return []
@@ -164,7 +163,7 @@ class Memory:
         return isinstance(module, nn.Unflatten) or matching.is_call(node, _STRIDED_CALLS) or not self._is_known(node)
 
     def _is_known(self, node: fx.Node) -> bool:
-        if matching.called(self._gm, node, GroupedLinear, ScaledDotProductAttention) is not None:
+        if matching.called(self._gm, node, *_OWN_MODULES) is not None:
             return True
         return matching.is_torch_call(node) and not isinstance(node.target, torch._ops.OpOverload)
 
@@ -190,6 +189,6 @@ class Memory:
 
 def _is_fresh_module(module: nn.Module) -> bool:
     package, _, file = type(module).__module__.rpartition(".")
-    if type(module) in (nn.Linear, GroupedLinear, ScaledDotProductAttention):
+    if type(module) in (nn.Linear, *_OWN_MODULES):
         return True
     return package == "torch.nn.modules" and file in _FRESH_FILES

@@ -8,16 +8,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fxcompress.analysis.patches import Readable, output_places, rows_at
+from fxcompress.analysis.patches import Readable, output_places, rows_at, some_places
 
-__all__ = ["LARGEST_MOMENT", "Moments", "MomentsObserver", "as_double"]
+__all__ = ["Moments", "MomentsObserver", "as_double", "second_moment_fits"]
 
-LARGEST_MOMENT = 2**27
-"""A second moment should have at most as many elements: 1 GiB, 11,585 columns."""
+_LARGEST_MOMENT = 2**27
+"""A second moment has at most as many elements: 1 GiB, 11,585 columns."""
 _CONSTANT = 1e-12
 """A variance of no more than this part of the mean square is rounding."""
-_PLACES = 64
-"""Of each sample as many places are looked at, drawn from a fixed seed."""
+
+
+def second_moment_fits(groups: int, columns: int) -> bool:
+    """Whether the second moment of rows of so many columns, in so many groups, is small enough to keep."""
+    return groups * columns**2 <= _LARGEST_MOMENT
 
 
 def as_double(values: Tensor) -> Tensor:
@@ -107,10 +110,7 @@ class MomentsObserver:
         unbatched = 1 if isinstance(self._layer, nn.Linear) else self._layer.weight.dim() - 1
         value = value[None] if value.dim() == unbatched else value
         places = math.prod(output_places(self._layer, value))
-        if places > _PLACES:
-            chosen = torch.randint(places, (len(value), _PLACES), generator=self._generator)
-        else:
-            chosen = torch.arange(places).expand(len(value), places)
+        chosen = some_places(len(value), places, self._generator)
         rows = rows_at(self._layer, value, chosen.to(value.device)).cpu().double().transpose(0, 1)
         self._count += rows.shape[1]
         self._sum += rows.sum(1)

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["READABLE", "Readable", "output_places", "padded", "places_under", "rows_at"]
+__all__ = ["PLACES", "READABLE", "Readable", "output_places", "padded", "places_under", "rows_at", "some_places"]
 
 Readable: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 READABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLACES = 64
+"""Of each sample statistics look at as many places of the output."""
 
 
 def padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
@@ -37,6 +39,13 @@ def places_under(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, sizes: torch.Size | t
 def output_places(layer: Readable, x: Tensor) -> tuple[int, ...]:
     """The sizes of the output on ``x``, which has samples in the first dimension, without samples and channels."""
     return tuple(x.shape[1:-1]) if isinstance(layer, nn.Linear) else places_under(layer, padded(layer, x).shape[2:])
+
+
+def some_places(samples: int, places: int, generator: torch.Generator) -> Tensor:
+    """For each sample numbers of places, ``(samples, at most PLACES)``: all ``places``, or some that are drawn."""
+    if places > PLACES:
+        return torch.randint(places, (samples, PLACES), generator=generator)
+    return torch.arange(places).expand(samples, places)
 
 
 def rows_at(layer: Readable, x: Tensor, chosen: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ are fewer than the unknowns, the problem is solved in the space that they span, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -30,11 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.analysis.moments import as_double
-from fxcompress.analysis.patches import Readable, output_places, rows_at
+from fxcompress.analysis.patches import PLACES, Readable, output_places, rows_at, some_places
 
 __all__ = ["NotRefitted", "Refit", "Sums", "refit"]
 
-_PLACES = 64
 _ONE_IN = 4
 """One sample in as many is held out."""
 _RIDGES = tuple(10.0**-i for i in range(-2, 13))
@@ -73,17 +73,22 @@ class Refit:
         Args:
             least: the lambda if :attr:`ridge` is smaller.
         """
-        d = None if self.ridge is None else self._spanned.solution(max(self.ridge, least))
+        d = self._best if self.ridge is None or least <= self.ridge else self._spanned.solution(least)
         if d is None:
             return None
         return (d if self.basis is None else self.basis @ d), self._spanned.shift(d)
+
+    @functools.cached_property
+    def _best(self) -> Tensor | None:
+        """The best D in the coordinates of :attr:`basis`."""
+        return None if self.ridge is None else self._spanned.solution(self.ridge)
 
     def errors(self) -> tuple[float, float]:
         """The norm of what is missing relative to that of y, before and after :meth:`change`."""
         sums = self._spanned
         found = [sums.error(*sums.nothing())] * 2
-        if self.ridge is not None and (d := sums.solution(self.ridge)) is not None:
-            found[1] = sums.error(d, sums.shift(d))
+        if self._best is not None:
+            found[1] = sums.error(self._best, sums.shift(self._best))
         return self.relative(found[0]), self.relative(found[1])
 
     def relative(self, error: float) -> float:
@@ -226,7 +231,7 @@ class _Rows:
     def __init__(self, layer: Readable, values: list[tuple[Tensor, Tensor]], kept: Tensor | None) -> None:
         self._layer, self._kept = layer, kept
         self._values = [_with_samples(layer, x, y) for x, y in values]
-        counts = [(len(y), min(math.prod(_places(layer, y)), _PLACES)) for _, y in self._values]
+        counts = [(len(y), min(math.prod(_places(layer, y)), PLACES)) for _, y in self._values]
         self.count = sum(n * places for n, places in counts)
         if self.count < _ONE_IN:
             raise NotRefitted(f"the calibration data have {self.count} rows for it")
@@ -237,10 +242,7 @@ class _Rows:
         samples = rows = 0
         for x, y in self._values:
             n, places = len(y), math.prod(_places(self._layer, y))
-            if places > _PLACES:
-                chosen = torch.randint(places, (n, _PLACES), generator=generator)
-            else:
-                chosen = torch.arange(places).expand(n, places)
+            chosen = some_places(n, places, generator)
             taken, given = _take(self._layer, x, y, chosen.to(x.device))
             number = torch.arange(chosen.numel())
             number = samples + number // max(chosen.shape[1], 1) if self._by_sample else rows + number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxcompress.analysis.moments import LARGEST_MOMENT, Moments, MomentsObserver
+from fxcompress.analysis.moments import Moments, MomentsObserver, second_moment_fits
 from fxcompress.analysis.patches import READABLE
 from fxcompress.layers import Layer
 from fxcompress.passes.low_rank.folding import Folding
@@ -25,7 +25,7 @@ def unobservable(layer: Layer, folding: Folding, scheme: int) -> str | None:
     if not isinstance(layer, READABLE) and folding.taps(scheme)[0] > 1:
         return "a transposed kernel"
     columns = folding.shape(scheme, 1)[1]
-    if folding.groups * columns**2 > LARGEST_MOMENT:
+    if not second_moment_fits(folding.groups, columns):
         return f"a second moment of {columns} inputs is too large"
     return None
 

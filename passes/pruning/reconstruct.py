@@ -24,8 +24,6 @@ from fxcompress.analysis.channels import Labelled
 from fxcompress.analysis.moments import as_double
 from fxcompress.analysis.patches import READABLE, Readable
 from fxcompress.analysis.refit import NotRefitted, Refit, refit
-from fxcompress.calibration import checked
-from fxcompress.editing import private_copy
 from fxcompress.pass_base import Example, Site
 from fxcompress.passes.pruning.sizes import first_input
 from fxcompress.passes.pruning.surgery import Surgery
@@ -45,14 +43,11 @@ class Reconstruction:
     """
 
     def __init__(self, gm: fx.GraphModule, batches: Iterable[Example], surgery: Surgery) -> None:
-        self._gm, self._surgery, self._data = gm, surgery, checked(gm, batches)
-        self._original = private_copy(gm).eval()
-        self._was = dict(zip(gm.graph.nodes, self._original.graph.nodes, strict=True))
+        self._gm, self._surgery, self._sweep = gm, surgery, Sweep(gm, batches)
         bindings = [b for b in surgery.groups.bindings if b.dim == 0]
         self._kept = {name: torch.from_numpy(surgery.kept[b.classes]) for b in bindings for name in b.names}
         shared = aliasing(gm)
         self._obstacles = {node: _obstacle(gm, node, shared) for node in gm.graph.nodes if self._reads_fewer(node)}
-        self._sweep: Sweep | None = None
 
     def sites(self) -> Iterator[Site]:
         """The layers that read fewer channels, in graph order."""
@@ -68,8 +63,6 @@ class Reconstruction:
         """
         if reason := self._obstacles[node]:
             return {"not_refitted": reason}
-        if self._sweep is None:
-            self._sweep = Sweep(self._original, self._gm, self._was, self._data)
         twin, values = self._sweep.until(node)
         assert isinstance(twin, READABLE), "else there is an obstacle"
         try:

@@ -231,12 +231,10 @@ class _Weights:
 
     def operate(self) -> dict[str, Any]:
         """Put it in."""
-        if self.sequential is not None:
-            self.sequential.start()
         rounded = None
-        if self.sequential is not None and self.sequential.takes(self.called):
+        if self.sequential is not None:
             rounded = self.sequential.round(self.called, self.grid, self.granularity)
-        rounded = self._alone() if rounded is None else rounded
+        rounded = rounded or self._alone()
         if self.sequential is not None:
             self.sequential.put(self.called, rounded.weight, rounded.bias)
         write_layer(self.gm, self.called, rounded.weight, rounded.bias)

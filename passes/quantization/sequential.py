@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcompress.analysis.moments import LARGEST_MOMENT
+from fxcompress.analysis.moments import second_moment_fits
 from fxcompress.analysis.patches import READABLE
 from fxcompress.analysis.refit import NotRefitted, refit
-from fxcompress.calibration import checked
-from fxcompress.editing import private_copy
 from fxcompress.layers import CalledLayer, Layer
 from fxcompress.pass_base import Example
 from fxcompress.passes.quantization.grid import Grid
@@ -56,8 +54,7 @@ class Rounded:
 
 def has_moments(called: CalledLayer[Layer]) -> bool:
     """Whether the second moments of what a layer reads fit in memory."""
-    columns = math.prod(called.layer.weight.shape[1:])
-    return getattr(called.layer, "groups", 1) * columns**2 <= LARGEST_MOMENT
+    return second_moment_fits(getattr(called.layer, "groups", 1), math.prod(called.layer.weight.shape[1:]))
 
 
 class SequentialRounding:
@@ -69,15 +66,7 @@ class SequentialRounding:
     """
 
     def __init__(self, gm: fx.GraphModule, batches: Iterable[Example]) -> None:
-        self._gm, self._batches = gm, batches
-        self._original = private_copy(gm).eval()
-        self._was = dict(zip(gm.graph.nodes, self._original.graph.nodes, strict=True))
-        self._sweep: Sweep | None = None
-
-    def start(self) -> None:
-        """Begin, once values are rounded and before the first weight is."""
-        if self._sweep is None:
-            self._sweep = Sweep(self._original, self._gm, self._was, checked(self._gm, self._batches))
+        self._sweep = Sweep(gm, batches)
 
     @staticmethod
     def takes(called: CalledLayer[Layer]) -> bool:
@@ -85,10 +74,12 @@ class SequentialRounding:
         return isinstance(called.layer, READABLE) and len(called.calls) == 1 and has_moments(called)
 
     def round(self, called: CalledLayer[Layer], grid: Grid, granularity: Granularity) -> Rounded | None:
-        """The weight and bias for a layer that :meth:`takes` says yes to; ``None`` if the data say nothing."""
-        assert self._sweep is not None, "started before"
+        """The weight and bias for a layer, once values are rounded; ``None`` if :meth:`takes` says no, or the data say
+        nothing. Then :meth:`put` is to be called."""
+        self._sweep.begin()
         layer = called.layer
-        assert isinstance(layer, READABLE)
+        if not isinstance(layer, READABLE) or not self.takes(called):
+            return None
         twin, values = self._sweep.until(called.calls[0])
         assert isinstance(twin, READABLE)
         try:
@@ -113,8 +104,7 @@ class SequentialRounding:
 
     def put(self, called: CalledLayer[Layer], weight: IntegerWeight, bias: Tensor | None) -> None:
         """Let the layers to come see this one as it now is."""
-        assert self._sweep is not None, "started before"
-        twin: Any = self._sweep.twin.get_submodule(called.path)
+        twin: Any = self._sweep.begin().get_submodule(called.path)
         with torch.no_grad():
             twin.weight.copy_(rows_as_weight(called.layer, real_rows(called.layer, weight)))
             if bias is not None:
