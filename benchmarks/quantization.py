@@ -16,6 +16,7 @@ import photos
 import publish
 import torch
 from layer_noise import signal_to_noise
+from torch import Tensor, fx
 
 import fxcompress
 from fxcompress.demo_inputs import load_model
@@ -42,12 +43,16 @@ VARIANTS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
 """What the row says, whether layers are equalised first, options of Quantize."""
 
 
-def measure(options: dict[str, Any], equalised: bool, shown: bool) -> dict[str, Any]:
+def measure(
+    model: fx.GraphModule,
+    calibration: Tensor,
+    held_out: photos.HeldOut,
+    options: dict[str, Any],
+    equalised: bool,
+    shown: bool,
+) -> dict[str, Any]:
     """Agreement and error on both kinds of held-out crops, the part of the bytes that is left, and seconds."""
-    model = load_model().eval()
-    calibration, held_out = photos.draw(model, CALIBRATION, HELD_OUT)
-    passes = ["remove-identity", "fold-batch-norm", *([EqualizeLayers()] if equalised else [])]
-    before = fxcompress.compile(model, passes, calibration[:1])
+    before = fxcompress.compile(model, [EqualizeLayers()], calibration[:1]) if equalised else model
     start = time.perf_counter()
     batches = list(calibration.split(photos.BATCH))
     found = fxcompress.compile(before, [Quantize(**options)], calibration[:1], calibration=batches, verify=False)
@@ -78,10 +83,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    original = load_model().eval()
+    calibration, held_out = photos.draw(original, CALIBRATION, HELD_OUT)
+    model = fxcompress.compile(original, ["remove-identity", "fold-batch-norm"], calibration[:1])
     records = []
     for name, equalised, options in VARIANTS:
         if arguments.only in name:
-            records.append({"variant": name, **measure(options, equalised, arguments.layers)})
+            records.append(
+                {"variant": name, **measure(model, calibration, held_out, options, equalised, arguments.layers)}
+            )
             print(name, records[-1], flush=True)
     publish.publish("quantization", table(records), records, write=not arguments.only)
 

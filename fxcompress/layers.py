@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Generic, TypeAlias, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,7 @@ from fxcompress import matching
 from fxcompress.analysis.memory import Memory
 from fxcompress.pass_base import PassContext, Refusal
 
-__all__ = ["LAYERS", "CalledLayer", "Layer", "as_stored", "by_group", "called_layers", "channel_counts"]
+__all__ = ["LAYERS", "CalledLayer", "Layer", "as_stored", "by_group", "called_layers", "channel_counts", "paths_of"]
 
 Layer: TypeAlias = (
     nn.Linear
@@ -86,6 +86,11 @@ def called_layers(
         else:
             found.append(CalledLayer(str(node.target), paths, module, calls))
     return found, refusals
+
+
+def paths_of(found: Iterable[CalledLayer[Any]], refusals: Iterable[tuple[Refusal, tuple[str, ...]]]) -> set[str]:
+    """The paths of everything that :func:`called_layers` gave."""
+    return {path for called in found for path in called.paths} | {path for _, paths in refusals for path in paths}
 
 
 def _obstacle(

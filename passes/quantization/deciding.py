@@ -14,7 +14,7 @@ from fxcompress import matching
 from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.layers import LAYERS, CalledLayer, Layer, called_layers
+from fxcompress.layers import LAYERS, CalledLayer, Layer, called_layers, paths_of
 from fxcompress.matching import check_patterns, check_patterns_match
 from fxcompress.pass_base import Observation, Pass, PassContext, Refusal
 from fxcompress.passes.quantization.embeddings import obstacle_to_embedding
@@ -80,13 +80,17 @@ class RoundingPass(Pass):
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`."""
-        if context.gm.training:
-            raise PreconditionError(f"{self.name}: the model is in training mode; call model.eval() before")
+        self.check_mode(context)
         if context.batches is None and self.is_static:
             raise PreconditionError(
                 f"{self.name}: the scales of activations come from data; pass `calibration`, some ten batches like "
                 f"those of use, or use {self.without_data}"
             )
+
+    def check_mode(self, context: PassContext) -> None:
+        """Refuse a model that is being trained."""
+        if context.gm.training:
+            raise PreconditionError(f"{self.name}: the model is in training mode; call model.eval() before")
 
     def settings(self, paths: Iterable[str], *, embedding: bool = False) -> dict[str, Any]:
         """What holds for the layer, or table of embeddings, at ``paths``."""
@@ -115,11 +119,13 @@ class RoundingPass(Pass):
                     yield Observation(value.node, _key(number), lambda shared=shared: shared)  # type: ignore[misc]
 
     def grid(self, found: Found, group: Iterable[Value]) -> Grid:
+        """Of values on one scale: as many bits as any layer that reads one of them asks for."""
         readers = {reader for value in group for reader in value.readers}
         bits = [found.settings[c.path]["activation_bits"] for c in found.layers if readers.intersection(c.calls)]
         return Grid.of_activations(max((b for b in bits if b), default=self.activation_bits or 8), self.symmetric)
 
     def scale(self, context: PassContext, grid: Grid, number: int, group: tuple[Value, ...]) -> PerTensor:
+        """Of the values of group ``number``, from what :meth:`ranges` saw of them."""
         results = (context.statistics.get((value.node, _key(number))) for value in group)
         seen: Seen = next(r for r in results if r is not None)
         where = matching.describe(context.gm, group[0].node)
@@ -159,11 +165,11 @@ class Found:
 
     @classmethod
     def of(cls, pass_: RoundingPass, context: PassContext) -> Found:
+        """What ``pass_`` finds in the graph."""
         found, refused = called_layers(context, LAYERS)
         tables, refused_tables = called_layers(context, (nn.Embedding,))
         refused_tables = [r for r in refused_tables if r[1]]  # calls of functions were among the others
-        known = {path for c in found for path in c.paths} | {path for c in tables for path in c.paths}
-        known |= {path for _, paths in (*refused, *refused_tables) for path in paths}
+        known = paths_of(found, refused) | paths_of(tables, refused_tables)
         check_patterns_match((*pass_.exclude, *pass_.only, *pass_.overrides), known)
         layers: list[CalledLayer[Any]] = []
         refusals = [_clearer(refusal) for refusal, _ in (*refused, *refused_tables)]

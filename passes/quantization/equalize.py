@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from fxcompress.errors import UsageError
-from fxcompress.layers import LAYERS, called_layers
+from fxcompress.layers import LAYERS, called_layers, paths_of
 from fxcompress.matching import check_patterns, check_patterns_match
 from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
 from fxcompress.passes.quantization.balancing import Balance
@@ -65,9 +65,7 @@ class EqualizeLayers(Pass):
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`."""
-        found, refused = called_layers(context, LAYERS)
-        known = {path for c in found for path in c.paths} | {path for _, paths in refused for path in paths}
-        check_patterns_match((*self.exclude, *self.only), known)
+        check_patterns_match((*self.exclude, *self.only), paths_of(*called_layers(context, LAYERS)))
         streams = find_streams(context, lambda called: called.is_wanted(self.exclude, self.only), norms=False)
         balance = Balance(streams, None, 0.5, self.powers_of_two)
         balance.run(self.iterations)

@@ -18,8 +18,8 @@ from fxcompress.passes.quantization.emission import convert_weight, write_fake_l
 from fxcompress.passes.quantization.fake_modules import FakeQuantizer, WeightFakeQuantizer
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.placement import Value
-from fxcompress.passes.quantization.vocabulary import PerTensor, insert_dequantize, insert_quantize
-from fxcompress.passes.quantization.weights import Granularity, IntegerWeight, weight_as_integers
+from fxcompress.passes.quantization.vocabulary import PerTensor, insert_pair
+from fxcompress.passes.quantization.weights import Granularity, IntegerWeight, relative_norm, weight_as_integers
 
 __all__ = ["FakeQuantize", "conversions", "is_fake_quantized"]
 
@@ -48,10 +48,6 @@ class FakeQuantize(RoundingPass):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
 
     learned: bool = False
-
-    def calibration_reads(self) -> int:
-        """See :meth:`Pass.calibration_reads`."""
-        return 1
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`."""
@@ -98,10 +94,8 @@ class _Values:
             device = next((t.device for t in tensors), None)
             module = FakeQuantizer(self._by, self._learned, device).train(self._gm.training)
             self._path = editing.add_module(self._gm, f"{value.node.name}_fake_quant", module)
-        with self._gm.graph.inserting_before(value.place()):
-            rounded = self._gm.graph.call_module(self._path, (value.node,))
-        for reader in value.readers:
-            reader.replace_input_with(value.node, rounded)
+        path = self._path
+        value.replace(lambda: self._gm.graph.call_module(path, (value.node,)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,8 +153,7 @@ class _Converted:
     def operate(self) -> None:
         """Let operators do it."""
         with self.node.graph.inserting_before(self.node):
-            reals = insert_dequantize(insert_quantize(self.source, self.by), self.by, self.dtype)
-            editing.replace(self.node, reals)
+            editing.replace(self.node, insert_pair(self.source, self.by, self.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,7 +172,7 @@ class _ConvertedWeight:
         if self.module.axis is not None:
             scale = scale.expand(real.shape[self.module.axis]).clone()
         with torch.no_grad():
-            missing = float((self.module(real) - real).norm()) / max(float(real.norm()), 1e-30)
-        weight = IntegerWeight(integers, scale, self.module.grid, self.module.axis, self.module.group, missing)
+            error = relative_norm(self.module(real) - real, real)
+        weight = IntegerWeight(integers, scale, self.module.grid, self.module.axis, self.module.group, error)
         convert_weight(self.gm, self.node, weight)
-        return {"weight_error": missing}
+        return {"weight_error": error}

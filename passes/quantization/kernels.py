@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, dequantize_channels, quantize
 
-__all__ = ["Int8Conv", "Int8Layer", "Int8Linear", "PostOp", "max_pool2d", "to_uint8", "unavailable"]
+__all__ = ["Int8Conv", "Int8Layer", "Int8Linear", "IntegerLayer", "PostOp", "max_pool2d", "to_uint8", "unavailable"]
 
 _ONEDNN: Any = torch.ops.onednn
 _WEIGHTS = Grid.of_weights(8)
@@ -57,22 +57,63 @@ class PostOp:
         return result
 
 
-class Int8Layer(nn.Module):
-    """A layer on integers; see the module. Use :class:`Int8Conv` or :class:`Int8Linear`.
+class IntegerLayer(nn.Module):
+    """A layer of integer weights: what the reference graph holds of it, and what a kernel wants, made from that when it
+    is first needed and whenever that has changed.
 
     Args:
         holder: what holds ``weight``, ``weight_scale``, ``weight_zero_point`` and ``bias`` in the reference graph.
-        given: the scale of the input.
-        made: that of the output; ``None`` for real numbers.
-        post: what follows.
-        adds: whether another tensor is added before that.
-        other: the scale of that; ``None`` if it is real.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_scale: Tensor
     weight_zero_point: Tensor
+
+    def __init__(self, holder: nn.Module) -> None:
+        super().__init__()
+        self.register_parameter("weight", holder.weight)  # type: ignore[arg-type]
+        self.register_parameter("bias", getattr(holder, "bias", None))
+        self.register_buffer("weight_scale", holder.weight_scale)  # type: ignore[arg-type]
+        self.register_buffer("weight_zero_point", holder.weight_zero_point)  # type: ignore[arg-type]
+        self._packed: Any = None
+        self._packed_from: tuple[int, ...] | None = None
+        self.train(holder.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None, "_packed_from": None}
+
+    def reals(self) -> Tensor:
+        """The weight in real numbers, with a scale for each output channel."""
+        return dequantize_channels(self.weight, self.weight_scale, self.weight_zero_point, 0, _WEIGHTS)
+
+    def _packed_for(self, x: Tensor) -> Any:
+        """What :meth:`_pack` makes, made anew if the weight or its scale has changed."""
+        weight, scale = self.weight, self.weight_scale
+        origin = (weight._version, weight.data_ptr(), scale._version, scale.data_ptr())
+        if self._packed is None or origin != self._packed_from:
+            self._packed, self._packed_from = self._pack(x), origin
+        return self._packed
+
+    def _dense(self) -> Tensor:
+        """The weight, row after row: packing ignores strides, and would take a transposed one for another."""
+        return self.weight.detach().contiguous()
+
+    def _pack(self, x: Tensor) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must say how its weight is packed")
+
+
+class Int8Layer(IntegerLayer):
+    """A layer on integers; see the module. Use :class:`Int8Conv` or :class:`Int8Linear`.
+
+    Args:
+        holder: see :class:`IntegerLayer`.
+        given: the scale of the input.
+        made: that of the output; ``None`` for real numbers.
+        post: what follows.
+        adds: whether another tensor is added before that.
+        other: the scale of that; ``None`` if it is real.
+    """
 
     def __init__(
         self,
@@ -83,18 +124,8 @@ class Int8Layer(nn.Module):
         adds: bool = False,
         other: PerTensor | None = None,
     ) -> None:
-        super().__init__()
-        self.register_parameter("weight", holder.weight)  # type: ignore[arg-type]
-        self.register_parameter("bias", getattr(holder, "bias", None))
-        self.register_buffer("weight_scale", holder.weight_scale)  # type: ignore[arg-type]
-        self.register_buffer("weight_zero_point", holder.weight_zero_point)  # type: ignore[arg-type]
+        super().__init__(holder)
         self.given, self.made, self.post, self.adds, self.other = given, made, post, adds, other
-        self._packed: Tensor | None = None
-        self._packed_from: tuple[int, int] | None = None
-        self.train(holder.training)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_packed_from": None}
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The layer, the addition of ``other`` and what follows. A convolution that adds integers to integers writes
@@ -105,18 +136,14 @@ class Int8Layer(nn.Module):
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What :meth:`forward` stands for, in real numbers."""
-        weight = dequantize_channels(self.weight, self.weight_scale, self.weight_zero_point, 0, _WEIGHTS)
-        y = self._on_reals(dequantize(x, self.given), weight)
+        y = self._on_reals(dequantize(x, self.given), self.reals())
         if other is not None:
             y = y + (other if self.other is None else dequantize(other, self.other))
         y = self.post(y)
         return y if self.made is None else quantize(y, self.made)
 
     def _inputs(self, x: Tensor, given: PerTensor) -> tuple[Any, ...]:
-        origin = (self.weight._version, self.weight.data_ptr())
-        if self._packed is None or origin != self._packed_from:
-            self._packed, self._packed_from = self._pack(x), origin
-        return x, given.scale, given.zero_point, self._packed, self.weight_scale, self.weight_zero_point
+        return x, given.scale, given.zero_point, self._packed_for(x), self.weight_scale, self.weight_zero_point
 
     @property
     def _output(self) -> tuple[float, int, torch.dtype]:
@@ -125,13 +152,6 @@ class Int8Layer(nn.Module):
     @property
     def _added(self) -> tuple[float, int]:
         return (1.0, 0) if self.other is None else (self.other.scale, self.other.zero_point)
-
-    def _dense(self) -> Tensor:
-        """The weight, row after row: packing ignores strides, and would take a transposed one for another."""
-        return self.weight.detach().contiguous()
-
-    def _pack(self, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must say how its weight is packed")
 
     def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must call a kernel")

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcompress.passes.quantization.grid import Grid
-from fxcompress.passes.quantization.kernels import Int8Linear, PostOp, to_uint8
-from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize_channels, dequantize_groups, dynamically
+from fxcompress.passes.quantization.kernels import Int8Linear, IntegerLayer, PostOp, to_uint8
+from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize_groups, dynamically
 
 __all__ = ["DynamicInt8Linear", "WeightOnlyLinear", "has_int4_kernel"]
 
 _ROWS = 32
 """Up to so many rows the weight-only kernels are faster than real weights made anew: 2 to 3 times as fast as a float32
 layer with one row or eight, slower with 128 (AVX512, one thread, 768 to 3072 columns)."""
+_INT4_ROWS = 32
+"""The int4 kernel takes outputs by as many."""
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT4_MIDDLE = 8  # the int4 kernel's integers are unsigned
 
@@ -50,38 +51,22 @@ class DynamicInt8Linear(Int8Linear):
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What :meth:`forward` stands for."""
-        weight = dequantize_channels(self.weight, self.weight_scale, self.weight_zero_point, 0, Grid.of_weights(8))
-        return self.post(F.linear(dynamically(x, self.given.grid), weight, self.bias))
+        return self.post(F.linear(dynamically(x, self.given.grid), self.reals(), self.bias))
 
 
-class WeightOnlyLinear(nn.Module):
+class WeightOnlyLinear(IntegerLayer):
     """A linear layer that reads a quarter or an eighth of the bytes of its weight, and real numbers.
 
     Few rows are multiplied in bfloat16 by kernels that take integer weights; for many the real weight is made anew.
 
     Args:
-        holder: what holds ``weight``, ``weight_scale``, ``weight_zero_point`` and ``bias`` in the reference graph.
+        holder: see :class:`IntegerLayer`.
         group: how many weights of a row have a scale; 0 if all have.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-
     def __init__(self, holder: nn.Module, group: int) -> None:
-        super().__init__()
-        self.register_parameter("weight", holder.weight)  # type: ignore[arg-type]
-        self.register_parameter("bias", getattr(holder, "bias", None))
-        self.register_buffer("weight_scale", holder.weight_scale)  # type: ignore[arg-type]
-        self.register_buffer("weight_zero_point", holder.weight_zero_point)  # type: ignore[arg-type]
+        super().__init__(holder)
         self.group = group
-        self._packed: tuple[Tensor, ...] | None = None
-        self._packed_from: tuple[int, ...] | None = None
-        self.train(holder.training)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_packed_from": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer; real numbers to real numbers, ``(..., inputs)`` to ``(..., outputs)``."""
@@ -89,7 +74,7 @@ class WeightOnlyLinear(nn.Module):
         if torch.compiler.is_compiling() or not 0 < rows <= _ROWS:
             return self.reference(x)
         low = x.reshape(rows, -1).bfloat16()
-        weight, scale = self._for_kernel()
+        weight, scale = self._packed_for(x)
         if self.group:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(low, weight, self.group, scale)
         else:
@@ -99,25 +84,20 @@ class WeightOnlyLinear(nn.Module):
 
     def reference(self, x: Tensor) -> Tensor:
         """What :meth:`forward` stands for."""
+        return F.linear(x, self.reals(), self.bias)
+
+    def reals(self) -> Tensor:
+        """The weight in real numbers."""
+        if not self.group:
+            return super().reals()
         by = (self.weight, self.weight_scale, self.weight_zero_point)
-        if self.group:
-            weight = dequantize_groups(*by, self.group, Grid.of_weights(8))
-        else:
-            weight = dequantize_channels(*by, 0, Grid.of_weights(8))
-        return F.linear(x, weight, self.bias)
+        return dequantize_groups(*by, self.group, Grid.of_weights(8))
 
-    def _for_kernel(self) -> tuple[Tensor, ...]:
-        tensors = (self.weight, self.weight_scale)
-        origin = tuple(v for t in tensors for v in (t._version, t.data_ptr()))
-        if self._packed is None or origin != self._packed_from:
-            self._packed, self._packed_from = self._pack(), origin
-        return self._packed
-
-    def _pack(self) -> tuple[Tensor, ...]:
+    def _pack(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.weight_scale.bfloat16()
         if not self.group:
-            return self.weight.detach().contiguous(), scale
-        integers = self.weight.detach().int() + _INT4_MIDDLE
+            return self._dense(), scale
+        integers = self._dense().int() + _INT4_MIDDLE
         scale = scale.reshape(len(integers), -1).T
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
         return packed, torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
@@ -128,5 +108,5 @@ class WeightOnlyLinear(nn.Module):
 
 def has_int4_kernel(weight: Tensor, group: int) -> bool:
     """Whether a matrix of integers with a scale for each ``group`` of a row is something the int4 kernel takes."""
-    fits = group in _INT4_GROUPS and weight.shape[0] % _ROWS == 0 and weight.shape[1] % group == 0
+    fits = group in _INT4_GROUPS and weight.shape[0] % _INT4_ROWS == 0 and weight.shape[1] % group == 0
     return fits and bool((weight.abs() < _INT4_MIDDLE).all())

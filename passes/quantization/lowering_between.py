@@ -17,7 +17,7 @@ from fxcompress.passes.quantization.kernels import to_uint8
 from fxcompress.passes.quantization.placement import is_carrier, is_idle, padding_of, part_of, sources_of
 from fxcompress.passes.quantization.vocabulary import PerTensor, is_dequantize, per_tensor
 
-__all__ = ["Moved", "Reshaped", "Rounded", "Shifted", "is_view", "unsigned"]
+__all__ = ["Moved", "Reshaped", "Rounded", "Shifted", "is_view", "unsigned", "unsigned_grid"]
 
 _FRESH = frozenset(("max_pool2d", "cat", "concat", "stack", "flip", "roll"))
 _POOLS = frozenset(f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))
@@ -28,10 +28,13 @@ _POOL_MODULES = (
 
 def unsigned(by: PerTensor) -> PerTensor:
     """The same scale with unsigned integers, which kernels want: signed ones are moved up by 128."""
-    if by.grid.dtype is torch.uint8:
-        return by
-    grid = Grid(by.grid.low + 128, by.grid.high + 128, torch.uint8)
-    return PerTensor(by.scale, by.zero_point + 128, grid)
+    grid = unsigned_grid(by.grid)
+    return PerTensor(by.scale, by.zero_point + grid.low - by.grid.low, grid)
+
+
+def unsigned_grid(grid: Grid) -> Grid:
+    """The unsigned integers to which those of 8 bits are moved."""
+    return grid if grid.dtype is torch.uint8 else Grid(grid.low + 128, grid.high + 128, torch.uint8)
 
 
 def is_view(context: PassContext, node: Any) -> bool:

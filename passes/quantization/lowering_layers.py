@@ -11,21 +11,22 @@ from torch import fx
 
 from fxcompress import editing, matching
 from fxcompress.pass_base import PassContext, Refusal
-from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp
+from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, IntegerLayer, PostOp
 from fxcompress.passes.quantization.lowering_between import is_view, unsigned
 from fxcompress.passes.quantization.placement import Chain, chains_of
 from fxcompress.passes.quantization.vocabulary import (
-    group_of,
+    is_by_output,
     is_dequantize,
     is_quantize,
     is_weight_dequantize,
     per_tensor,
 )
 
-__all__ = ["EIGHT_BITS", "FoundLayers", "LayerLowering", "path_of", "post_op"]
+__all__ = ["EIGHT_BITS", "OTHER_SCALES", "FoundLayers", "LayerLowering", "fused", "path_of", "post_op", "put_kernel"]
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 EIGHT_BITS = (torch.uint8, torch.int8)
+OTHER_SCALES = "its weight has other scales than one for each output channel"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,11 +73,7 @@ class LayerLowering:
     def operate(self) -> None:
         """Put the kernel in place of all that it does."""
         graph = self.gm.graph
-        path, module = path_of(self.layer), self._module()
-        if isinstance(self.gm.get_submodule(path), Int8Layer):  # an earlier call of the same weight took it
-            path = editing.add_module(self.gm, path, module)
-        else:
-            editing.set_attribute(self.gm, path, module)
+        path = put_kernel(self.gm, self.layer, self._module())
         with graph.inserting_before(self.last):
             arguments: list[Any] = [self.reads.args[0]]
             if self.addition is not None:
@@ -145,8 +142,8 @@ class FoundLayers:
         assert isinstance(reads, fx.Node)
         if reads.args[-1] not in EIGHT_BITS:
             return "reads integers of more than 8 bits"
-        if group_of(weight) or weight.args[3] != 0:
-            return "its weight has other scales than one for each output channel"
+        if not is_by_output(weight):
+            return OTHER_SCALES
         if matching.is_call(node, ("linear",)):
             return None
         if not matching.is_call(node, ("conv2d",)):
@@ -158,15 +155,9 @@ class FoundLayers:
         return None
 
     def _draft(self, chain: Chain) -> LayerLowering:
-        layer, other, nodes = chain.layer, chain.other, chain.nodes
-        reads, post = layer.args[0], PostOp()
+        layer, other, reads = chain.layer, chain.other, chain.layer.args[0]
         assert isinstance(reads, fx.Node)
-        if chain.activation is not None:
-            found = post_op(self._context.gm, chain.activation, linear=matching.is_call(layer, ("linear",)))
-            if found is not None and (other is None or found.name == "relu"):
-                post = found
-            else:
-                nodes = nodes[: nodes.index(chain.activation)]
+        nodes, post = fused(self._context.gm, chain)
         rounds = self._rounded_by(nodes[-1])
         adds_integers = False
         if other is not None and rounds is not None:
@@ -201,6 +192,26 @@ class FoundLayers:
             if mine.get(reader, -1) >= now and other not in reader.all_input_nodes:
                 return True
         return sum(mine.get(reader, -1) >= now for reader in other.users) > 1
+
+
+def put_kernel(gm: fx.GraphModule, layer: fx.Node, module: IntegerLayer) -> str:
+    """Put ``module`` where the weight of ``layer`` is, or beside it if an earlier call of the same weight took that;
+    returns its path."""
+    path = path_of(layer)
+    if isinstance(gm.get_submodule(path), IntegerLayer):
+        return editing.add_module(gm, path, module)
+    editing.set_attribute(gm, path, module)
+    return path
+
+
+def fused(gm: fx.GraphModule, chain: Chain) -> tuple[tuple[fx.Node, ...], PostOp]:
+    """What of ``chain`` a kernel does, and the activation function at its end: after an addition they know relu."""
+    if chain.activation is None:
+        return chain.nodes, PostOp()
+    post = post_op(gm, chain.activation, linear=matching.is_call(chain.layer, ("linear",)))
+    if post is not None and (chain.other is None or post.name == "relu"):
+        return chain.nodes, post
+    return chain.nodes[: chain.nodes.index(chain.activation)], PostOp()
 
 
 def path_of(layer: fx.Node) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
-from fxcompress import editing, matching
+from fxcompress import editing
 from fxcompress.pass_base import PassContext
 from fxcompress.passes.quantization.grid import Grid
-from fxcompress.passes.quantization.kernels import Int8Layer, PostOp
+from fxcompress.passes.quantization.kernels import IntegerLayer, PostOp
 from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, has_int4_kernel
-from fxcompress.passes.quantization.lowering_layers import path_of, post_op
+from fxcompress.passes.quantization.lowering_between import unsigned_grid
+from fxcompress.passes.quantization.lowering_layers import EIGHT_BITS, OTHER_SCALES, fused, path_of, put_kernel
 from fxcompress.passes.quantization.placement import chain_of
-from fxcompress.passes.quantization.vocabulary import dynamic_source, group_of
+from fxcompress.passes.quantization.vocabulary import dynamic_source, group_of, is_by_output
 
 __all__ = ["LinearLowering", "lowering_of"]
 
@@ -27,7 +27,6 @@ class LinearLowering:
     Attributes:
         gm: the graph module.
         layer: the node.
-        source: the real numbers that it reads.
         nodes: what the kernel does, from the layer to the last.
         post: the activation function.
         grid: of the integers to which it rounds what it reads; ``None`` if it does not.
@@ -36,7 +35,6 @@ class LinearLowering:
 
     gm: fx.GraphModule
     layer: fx.Node
-    source: fx.Node
     nodes: tuple[fx.Node, ...]
     post: PostOp
     grid: Grid | None
@@ -49,20 +47,17 @@ class LinearLowering:
 
     def operate(self) -> None:
         """Put the kernel in place of all that it does."""
-        path = path_of(self.layer)
-        holder = self.gm.get_submodule(path)
+        holder = self.gm.get_submodule(path_of(self.layer))
+        module: IntegerLayer
         if self.grid is None:
-            module: nn.Module = WeightOnlyLinear(holder, self.group)
+            module = WeightOnlyLinear(holder, self.group)
         else:
             module = DynamicInt8Linear(holder, self.grid, self.post)
-        if isinstance(holder, (Int8Layer, WeightOnlyLinear)):  # an earlier call of the same weight took it
-            path = editing.add_module(self.gm, path, module)
-        else:
-            editing.set_attribute(self.gm, path, module)
+        path = put_kernel(self.gm, self.layer, module)
         last = self.nodes[-1]
-        source = self.layer.args[0]
-        if (rounded := dynamic_source(source)) is not None:
-            source = rounded[0]
+        reads = self.layer.args[0]  # as it is now: a kernel may have taken its place
+        rounded = dynamic_source(reads)
+        source = reads if rounded is None else rounded[0]
         with last.graph.inserting_before(last):
             editing.replace(last, last.graph.call_module(path, (source,)))
         for node in self.nodes[-2::-1]:  # in place on what the layer gave, perhaps, and so not dead by itself
@@ -75,26 +70,17 @@ def lowering_of(context: PassContext, layer: fx.Node) -> LinearLowering | str:
     reals = layer.args[1]
     assert isinstance(reals, fx.Node), "a weight that was dequantised"
     group, rounded = group_of(reals), dynamic_source(layer.args[0])
+    if not group and not is_by_output(reals):
+        return OTHER_SCALES
     if rounded is None:
         weight = context.gm.get_parameter(f"{path_of(layer)}.weight")
         if group and not has_int4_kernel(weight, group):
             return "its groups of weights fit no int4 kernel (4 bits, 32, 64, 128 or 256 in a group, rows by 32)"
-        if reals.target is torch.ops.quantized_decomposed.dequantize_per_channel.default and reals.args[3] != 0:
-            return "its weight has other scales than one for each output channel"
-        source = matching.tensor_input(layer)
-        assert source is not None, "a layer reads a tensor"
-        return LinearLowering(context.gm, layer, source, (layer,), PostOp(), None, group)
-    source, grid = rounded
+        return LinearLowering(context.gm, layer, (layer,), PostOp(), None, group)
     if group:
-        return "its weight has other scales than one for each output channel"
-    if grid.dtype not in (torch.uint8, torch.int8):
+        return OTHER_SCALES
+    grid = rounded[1]
+    if grid.dtype not in EIGHT_BITS:
         return "reads integers of more than 8 bits"
-    if grid.dtype is torch.int8:
-        grid = Grid(grid.low + 128, grid.high + 128, torch.uint8)
-    chain = chain_of(context, layer, adds=False)
-    nodes, post = chain.nodes, PostOp()
-    if chain.activation is not None:
-        found = post_op(context.gm, chain.activation, linear=True)
-        post = found or post
-        nodes = nodes if found is not None else nodes[: nodes.index(chain.activation)]
-    return LinearLowering(context.gm, layer, source, nodes, post, grid, 0)
+    nodes, post = fused(context.gm, chain_of(context, layer, adds=False))
+    return LinearLowering(context.gm, layer, nodes, post, unsigned_grid(grid), 0)

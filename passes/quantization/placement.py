@@ -102,12 +102,15 @@ class Value:
     readers: tuple[fx.Node, ...]
     scale: int
 
-    def place(self) -> fx.Node:
-        """The node before which it can be rounded: the next one, after all inputs of the graph if it is one."""
-        node = self.node
-        while node.op == "placeholder" and node.next.op == "placeholder":
-            node = node.next
-        return node.next
+    def replace(self, make: Callable[[], fx.Node]) -> None:
+        """Let :attr:`readers` read what ``make`` puts after it, and after all inputs of the graph if it is one."""
+        last = self.node
+        while last.op == "placeholder" and last.next.op == "placeholder":
+            last = last.next
+        with last.graph.inserting_before(last.next):
+            made = make()
+        for reader in self.readers:
+            reader.replace_input_with(self.node, made)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

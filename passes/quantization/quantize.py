@@ -27,12 +27,7 @@ from fxcompress.passes.quantization.fake_quantize import conversions, is_fake_qu
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.placement import Value
 from fxcompress.passes.quantization.sequential import Rounded, SequentialRounding, has_moments
-from fxcompress.passes.quantization.vocabulary import (
-    PerTensor,
-    insert_dequantize,
-    insert_dynamic_pair,
-    insert_quantize,
-)
+from fxcompress.passes.quantization.vocabulary import PerTensor, insert_dynamic_pair, insert_pair
 from fxcompress.passes.quantization.weights import Granularity, missing_rows, weight_as_integers
 
 __all__ = ["Quantize"]
@@ -85,7 +80,7 @@ class Quantize(RoundingPass):
     # ------------------------------------------------------------------------------------------------- the contract
     def calibration_reads(self) -> int:
         """See :meth:`Pass.calibration_reads`."""
-        return 2 if self.rounding == "adaptive" else 1
+        return super().calibration_reads() + int(self.rounding == "adaptive")
 
     def requires(self, context: PassContext) -> None:
         """See :meth:`Pass.requires`."""
@@ -119,7 +114,7 @@ class Quantize(RoundingPass):
             grid = self.grid(found, group)
             by = None if self.dynamic else self.scale(context, grid, number, group)
             for value in group:
-                data = _Rounding(context.gm, value, by, grid, context.shapes.dtype(value.node))
+                data = _Rounding(value, by, grid, context.shapes.dtype(value.node))
                 yield Site(value.node, data, data.said())
         sequential = None
         if self.rounding == "adaptive":
@@ -150,8 +145,7 @@ class Quantize(RoundingPass):
     # ------------------------------------------------------------------------------------------------- options
     def _converts(self, context: PassContext) -> None:
         """Refuse options that a fake-quantised graph has settled, and one in training mode."""
-        if context.gm.training:
-            raise PreconditionError(f"{self.name}: the model is in training mode; call model.eval() before")
+        self.check_mode(context)
         default = type(self)()
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)]
         if changed:
@@ -187,7 +181,6 @@ def _inputs_of(called: CalledLayer[Layer]) -> str:
 class _Rounding:
     """A value to be rounded to a scale; to one of its own in each run where there is none."""
 
-    gm: fx.GraphModule
     value: Value
     by: PerTensor | None
     grid: Grid
@@ -199,14 +192,13 @@ class _Rounding:
         return {"value": self.value.node.name, "bits": self.grid.bits}
 
     def operate(self) -> None:
+        self.value.replace(self._rounded)
+
+    def _rounded(self) -> fx.Node:
         node = self.value.node
-        with self.gm.graph.inserting_before(self.value.place()):
-            if self.by is None:
-                rounded = insert_dynamic_pair(node, self.grid, self.dtype)
-            else:
-                rounded = insert_dequantize(insert_quantize(node, self.by), self.by, self.dtype)
-        for reader in self.value.readers:
-            reader.replace_input_with(node, rounded)
+        if self.by is None:
+            return insert_dynamic_pair(node, self.grid, self.dtype)
+        return insert_pair(node, self.by, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

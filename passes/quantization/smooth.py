@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.layers import LAYERS, CalledLayer, called_layers
+from fxcompress.layers import LAYERS, CalledLayer, called_layers, paths_of
 from fxcompress.matching import check_patterns, check_patterns_match
 from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
 from fxcompress.passes.quantization.balancing import Balance, Reals
@@ -101,9 +101,7 @@ class SmoothQuant(Pass):
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`."""
-        found, refused = called_layers(context, (*LAYERS, *NORMS))
-        known = {path for c in found for path in c.paths} | {path for _, paths in refused for path in paths}
-        check_patterns_match((*self.exclude, *self.only), known)
+        check_patterns_match((*self.exclude, *self.only), paths_of(*called_layers(context, (*LAYERS, *NORMS))))
         streams = self._streams(context)
         balance = Balance(streams, _seen(context, streams), self.alpha, self.powers_of_two)
         balance.run(_ITERATIONS)

@@ -24,11 +24,11 @@ __all__ = [
     "dynamic_source",
     "dynamically",
     "group_of",
-    "insert_dequantize",
     "insert_dequantize_channels",
     "insert_dequantize_groups",
     "insert_dynamic_pair",
-    "insert_quantize",
+    "insert_pair",
+    "is_by_output",
     "is_dequantize",
     "is_quantize",
     "is_weight_dequantize",
@@ -85,14 +85,10 @@ def dequantize_channels(integers: Tensor, scale: Tensor, zero_point: Tensor, axi
 
 
 # Each of these puts its nodes where the caller is inserting.
-def insert_quantize(value: fx.Node, by: PerTensor) -> fx.Node:
-    """The integers of ``value``."""
-    return value.graph.call_function(_QUANTIZE, (value, *by.arguments))
-
-
-def insert_dequantize(integers: fx.Node, by: PerTensor, dtype: torch.dtype) -> fx.Node:
-    """The reals of ``integers``, as ``dtype``."""
-    return integers.graph.call_function(_DEQUANTIZE, (integers, *by.arguments), _out(dtype))
+def insert_pair(value: fx.Node, by: PerTensor, dtype: torch.dtype) -> fx.Node:
+    """``value`` as integers stand for it, as ``dtype``."""
+    integers = value.graph.call_function(_QUANTIZE, (value, *by.arguments))
+    return value.graph.call_function(_DEQUANTIZE, (integers, *by.arguments), _out(dtype))
 
 
 def insert_dynamic_pair(value: fx.Node, grid: Grid, dtype: torch.dtype) -> fx.Node:
@@ -155,6 +151,11 @@ def dynamic_source(node: Any) -> tuple[fx.Node, Grid] | None:
 def group_of(node: fx.Node) -> int:
     """How many weights of a row have a scale at a node for which :func:`is_weight_dequantize` holds; 0 if all have."""
     return int(node.args[6]) if node.target is _PER_GROUP else 0  # type: ignore[arg-type]
+
+
+def is_by_output(node: fx.Node) -> bool:
+    """Whether it has a scale for each index of the first dimension."""
+    return node.target is _PER_CHANNEL and bool(node.args[3] == 0)
 
 
 def dequantize_groups(integers: Tensor, scale: Tensor, zero_point: Tensor, size: int, grid: Grid) -> Tensor:

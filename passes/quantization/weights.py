@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fxcompress.layers import Layer
+from fxcompress.layers import Layer, as_stored, by_group, channel_counts
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.rounding import adaptive
 
@@ -17,6 +17,7 @@ __all__ = [
     "IntegerWeight",
     "missing_rows",
     "real_rows",
+    "relative_norm",
     "rows_as_integers",
     "rows_as_weight",
     "weight_as_integers",
@@ -52,19 +53,13 @@ class IntegerWeight:
 
 def _rows_of(layer: Layer, weight: Tensor) -> Tensor:
     """``weight``, of the shape of that of ``layer``, with a row for each output channel; a view if it can be one."""
-    if isinstance(layer, _TRANSPOSED):  # (inputs, outputs of a group, *kernel)
-        parts = weight.reshape(layer.groups, -1, *weight.shape[1:])
-        return parts.transpose(1, 2).reshape(layer.out_channels, -1)
-    return weight.reshape(len(weight), -1)
+    return by_group(layer, weight).flatten(0, 1).flatten(1)
 
 
 def rows_as_weight(layer: Layer, rows: Tensor) -> Tensor:
     """Rows, one for each output channel, in the shape of the weight of ``layer``."""
-    if isinstance(layer, _TRANSPOSED):
-        shape = layer.weight.shape
-        parts = rows.reshape(layer.groups, shape[1], shape[0] // layer.groups, *shape[2:])
-        return parts.transpose(1, 2).reshape(shape)
-    return rows.reshape(layer.weight.shape)
+    groups, outputs, inputs = channel_counts(layer)
+    return as_stored(layer, rows.reshape(groups, outputs // groups, inputs // groups, -1))
 
 
 def weight_as_integers(
@@ -103,14 +98,14 @@ def weight_as_integers(
         integers = grid.round(parts, scale[:, None]).reshape(rows.shape)
     else:
         integers = adaptive(rows, scale[:, None].expand_as(parts).reshape(rows.shape), grid, weighting)
-    missing = float((integers.reshape(parts.shape) * scale[:, None] - parts).norm())
+    missing = integers.reshape(parts.shape) * scale[:, None] - parts
     return IntegerWeight(
         integers=rows_as_weight(layer, integers).to(layer.weight.device, torch.int8),
         scale=_scales(layer, scale, axis).to(layer.weight.device, torch.float32),
         grid=grid,
         axis=None if group else (0 if axis is None else axis),
         group=group,
-        error=missing / max(float(rows.norm()), torch.finfo(torch.float64).tiny),
+        error=relative_norm(missing, rows),
     )
 
 
@@ -137,9 +132,13 @@ def rows_as_integers(matrix: Tensor, grid: Grid) -> tuple[Tensor, Tensor, float]
     rows = matrix.to("cpu", torch.float64)
     scale = _best_scale(rows, grid).to(matrix.dtype).double()
     integers = grid.round(rows, scale[:, None])
-    missing = float((integers * scale[:, None] - rows).norm())
-    error = missing / max(float(rows.norm()), torch.finfo(torch.float64).tiny)
+    error = relative_norm(integers * scale[:, None] - rows, rows)
     return integers.to(matrix.device, torch.int8), scale.to(matrix.device, matrix.dtype), error
+
+
+def relative_norm(missing: Tensor, whole: Tensor) -> float:
+    """The norm of ``missing`` relative to that of ``whole``."""
+    return float(missing.norm()) / max(float(whole.norm()), torch.finfo(torch.float64).tiny)
 
 
 def _importance(weighting: Tensor, rows: Tensor) -> Tensor:
