@@ -11,6 +11,7 @@ Arithmetic is that of the ``quantized_decomposed`` operators, so that what is co
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,24 +23,33 @@ from fxcompress.passes.quantization.vocabulary import PerTensor
 __all__ = ["FakeQuantizer", "WeightFakeQuantizer"]
 
 
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, with a gradient that is multiplied by a number."""
+class _Rounding(torch.autograd.Function):
+    """What ``x`` is as integers from ``low`` to ``high``, less the zero point, stand for it.
+
+    Nothing that is read is kept for the way back: it may be written to. ``factor`` is on the gradient of the scale.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float) -> Tensor:
+        steps = _steps(x, scale)
+        nearest = steps.round()
+        rounded = nearest.clamp(low, high)
+        inside = rounded == nearest
+        slope = rounded - torch.where(inside, steps, 0.0) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(inside, slope)
+        ctx.factor, ctx.shape = factor, scale.shape
+        return (rounded * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inside, slope = ctx.saved_tensors
+        of_scale = None if slope is None else (gradient * slope).sum_to_size(ctx.shape) * ctx.factor
+        return gradient * inside, of_scale, None, None, None
 
 
-def _rounded(x: Tensor, scale: Tensor, zero_point: int, grid: Grid) -> Tensor:
-    """The integers of ``x`` less the zero point, as real numbers that gradients pass."""
-    steps = x * scale.double().reciprocal().to(x.dtype)
-    steps = steps + (steps.round() - steps).detach()  # exact: both are within half of one another
-    return steps.clamp(grid.low - zero_point, grid.high - zero_point)
+def _steps(x: Tensor, scale: Tensor) -> Tensor:
+    """How many scales ``x`` is, float32; as the operators count them."""
+    return x.float() * scale.double().reciprocal().float()
 
 
 def _whole_scale(largest: Tensor, grid: Grid) -> Tensor:
@@ -61,13 +71,24 @@ class _Fake(nn.Module):
         else:
             self.register_buffer("scale", scale)
 
-    def _scale_for(self, count: int) -> Tensor:
-        """The scale, positive; its gradient is that of a step size for ``count`` elements."""
-        scale = self.scale.clamp_min(self.grid.least_scale)
-        if not self.learned:
-            return scale
-        result: Tensor = _ScaledGradient.apply(scale, 1 / math.sqrt(count * self.grid.high))  # type: ignore[no-untyped-call]
-        return result
+    def _positive(self) -> Tensor:
+        """The scale: one that training took across zero is as good as its magnitude."""
+        return self.scale.abs().clamp_min(self.grid.least_scale)
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero_point: int, count: int) -> Tensor:
+        """``x`` as integers stand for it, ``count`` elements of a sample to a scale."""
+        ends = self.grid.low - zero_point, self.grid.high - zero_point
+        rounded: Tensor = _Rounding.apply(x, scale, *ends, 1 / math.sqrt(count * self.grid.high))  # type: ignore[no-untyped-call]
+        return rounded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move scales as other tensors; they stay float32 where others are cast."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            cast = fn(tensor)
+            return cast if cast.dtype == tensor.dtype else tensor.to(cast.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
 
 class FakeQuantizer(_Fake):
@@ -85,12 +106,12 @@ class FakeQuantizer(_Fake):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` as integers stand for it."""
-        scale = self._scale_for(max(x.numel() // max(len(x), 1), 1) if x.dim() else 1)
-        return _rounded(x, scale, self.zero_point, self.grid) * scale.to(x.dtype)
+        count = max(x.numel() // max(len(x), 1), 1) if x.dim() else 1
+        return self._rounded(x, self._positive(), self.zero_point, count)
 
     def by(self) -> PerTensor:
         """The scale as it is now."""
-        return PerTensor(float(self.scale.detach().clamp_min(self.grid.least_scale)), self.zero_point, self.grid)
+        return PerTensor(float(self._positive().detach()), self.zero_point, self.grid)
 
     def extra_repr(self) -> str:
         return f"{self.grid.low} to {self.grid.high}, zero_point={self.zero_point}, learned={self.learned}"
@@ -115,25 +136,25 @@ class WeightFakeQuantizer(_Fake):
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` as integers stand for it."""
-        parts, scale = self._parts(weight), self._scale(weight)
-        return (_rounded(parts, scale, 0, self.grid) * scale.to(weight.dtype)).reshape(weight.shape)
+        parts = self._parts(weight)
+        count = max(parts.numel() // self.scale.numel(), 1)
+        return self._rounded(parts, self._scale(parts), 0, count).reshape(weight.shape)
 
     def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What ``weight`` is now, int8, and the scales, float32 and of one dimension."""
         with torch.no_grad():
-            scale = self._scale(weight)
-            integers = _rounded(self._parts(weight), scale, 0, self.grid).to(torch.int8).reshape(weight.shape)
-        return integers, scale.flatten()
+            parts = self._parts(weight)
+            scale = self._scale(parts)
+            integers = _steps(parts, scale).round().clamp(self.grid.low, self.grid.high)
+        return integers.to(torch.int8).reshape(weight.shape), scale.flatten()
 
-    def _scale(self, weight: Tensor) -> Tensor:
-        """Of a shape that broadcasts to :meth:`_parts`."""
-        parts = self._parts(weight)
-        scale = self._scale_for(max(parts.numel() // self.scale.numel(), 1))
-        scale = scale.reshape([-1 if d == self._kept else 1 for d in range(parts.dim())])
+    def _scale(self, parts: Tensor) -> Tensor:
+        """Of a shape that broadcasts to ``parts``."""
+        scale = self._positive().reshape([-1 if d == self._kept else 1 for d in range(parts.dim())])
         if self.learned:
             return scale
         others = [d for d in range(parts.dim()) if d != self._kept or self.scale.numel() == 1]
-        return (scale * _whole_scale(parts.detach().abs().amax(others, keepdim=True), self.grid)).float()
+        return scale * _whole_scale(parts.detach().abs().amax(others, keepdim=True), self.grid)
 
     @property
     def _kept(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress import editing, matching
+from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError
 from fxcompress.layers import CalledLayer, Layer
 from fxcompress.pass_base import Guarantee, Need, Observation, PassContext, Refusal, Site
@@ -35,9 +36,10 @@ class FakeQuantize(RoundingPass):
     Args:
         weight_bits, activation_bits, granularity, symmetric, observer, keep_ends, overrides, exclude, only: see
             :class:`RoundingPass`.
-        learned: train scales along with weights (learned step sizes, Esser et al. 2020, arXiv 1902.08153); zero points
-            stay. Otherwise scales of values stay as the calibration data had them, and those of weights stay in the
-            proportion to the largest weight that they begin with, with the least square error.
+        learned: train scales along with weights (learned step sizes, Esser et al. 2020, arXiv 1902.08153), but for
+            those that no gradient reaches and those of frozen weights; zero points stay. Otherwise scales of values
+            stay as the calibration data had them, and those of weights stay in the proportion to the largest weight
+            that they begin with, with the least square error.
 
     There is a site for each layer (detail: ``module``, ``weight_bits``, ``activation_bits``, ``granularity``) and for
     each value that is rounded (``value``, ``bits``, ``scale``, ``zero_point``). Tables of embeddings stay real.
@@ -63,21 +65,39 @@ class FakeQuantize(RoundingPass):
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`: values first, then layers."""
         found = Found.of(self, context)
+        trained = _trained(context) if self.learned else frozenset()
         for number, group in enumerate(found.placement.sharing()):
             by = self.scale(context, self.grid(found, group), number, group)
-            shared = _Values(context.gm, by, self.learned)
+            readers = {reader for value in group for reader in value.readers}
+            shared = _Values(context.gm, by, not trained.isdisjoint(readers))
             for value in group:
                 yield Site(value.node, (shared, value), by.said(value.node))
         for called in found.layers:
             settings = found.settings[called.path]
             fake = _Weight(context.gm, called, Grid.of_weights(settings["weight_bits"]), settings["granularity"])
-            yield Site(called.calls[0], (fake, self.learned), {"module": called.path, **settings})
+            learned = called.layer.weight.requires_grad and not trained.isdisjoint(called.calls)
+            yield Site(called.calls[0], (fake, learned), {"module": called.path, **settings})
         yield from found.refusals
 
     def rewrite(self, site: Site) -> None:
         """See :meth:`Pass.rewrite`."""
         work, with_ = site.data
         work.operate(with_)
+
+
+def _trained(context: PassContext) -> frozenset[fx.Node]:
+    """The nodes to which a gradient of an output can come back: not before ``detach``, integers or sizes."""
+    found: set[fx.Node] = set()
+    for node in reversed(context.gm.graph.nodes):
+        if node.op != "output":
+            spec = context.shapes[node]
+            if isinstance(spec, int) or (isinstance(spec, TensorSpec) and not spec.dtype.is_floating_point):
+                continue
+        if matching.is_call(node, ("detach", "detach_")):
+            continue
+        if node.op == "output" or editing.is_inplace(node) or not found.isdisjoint(node.users):
+            found.add(node)
+    return frozenset(found)
 
 
 class _Values:

@@ -88,7 +88,7 @@ def dequantize_channels(integers: Tensor, scale: Tensor, zero_point: Tensor, axi
 def insert_pair(value: fx.Node, by: PerTensor, dtype: torch.dtype) -> fx.Node:
     """``value`` as integers stand for it, as ``dtype``."""
     integers = value.graph.call_function(_QUANTIZE, (value, *by.arguments))
-    return value.graph.call_function(_DEQUANTIZE, (integers, *by.arguments), _out(dtype))
+    return _insert_reals(_DEQUANTIZE, integers, by.arguments, dtype)
 
 
 def insert_dynamic_pair(value: fx.Node, grid: Grid, dtype: torch.dtype) -> fx.Node:
@@ -98,7 +98,15 @@ def insert_dynamic_pair(value: fx.Node, grid: Grid, dtype: torch.dtype) -> fx.No
     scale, zero_point = (graph.call_function(operator.getitem, (chosen, i)) for i in (0, 1))
     by: tuple[Any, ...] = (scale, zero_point, *limits, grid.dtype)
     integers = graph.call_function(_QUANTIZE_BY, (value, *by))
-    return graph.call_function(_DEQUANTIZE_BY, (integers, *by), _out(dtype))
+    return _insert_reals(_DEQUANTIZE_BY, integers, by, dtype)
+
+
+def _insert_reals(operator_: Any, integers: fx.Node, by: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+    graph = integers.graph
+    if dtype is torch.float32 or by[-1].itemsize == 1:
+        return graph.call_function(operator_, (integers, *by), _out(dtype))
+    # The operator makes ``dtype`` of the integers first, and float16 and bfloat16 do not hold those of 16 bits.
+    return graph.call_method("to", (graph.call_function(operator_, (integers, *by)), dtype))
 
 
 def insert_dequantize_channels(

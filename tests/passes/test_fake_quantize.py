@@ -207,6 +207,101 @@ def test_what_was_trained_runs_on_integer_kernels() -> None:
     assert "conv_transpose2d" in record.refusals[0].reason
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, bits: int, learned: bool) -> None:
+    torch.manual_seed(0)
+    batches = [x.to(dtype) for x in data()]
+    model = Net().to(dtype)
+    gm = faked(model, batches, activation_bits=bits, learned=learned)
+    x = batches[0]
+    gm(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gm.parameters())
+    found = fxcompress.compile(gm, ["quantize"], x)
+    assert torch.equal(found(x), gm(x))
+    assert found(x).dtype is dtype
+    expected = model(x).double()
+    assert float((found(x).double() - expected).norm() / expected.norm()) < 0.05
+
+
+def test_scales_stay_float32_where_the_model_is_cast() -> None:
+    gm = faked(Net(), learned=True)
+    before = {name: t.clone() for name, t in gm.state_dict().items() if name.endswith("scale")}
+    assert gm.bfloat16()(data()[0].bfloat16()).dtype is torch.bfloat16
+    assert all(torch.equal(gm.state_dict()[name], t) for name, t in before.items())
+    meta = gm.to("meta")
+    assert all(t.is_meta for t in meta.state_dict().values())
+    assert all(t.device.type == "cpu" for t in meta.to_empty(device="cpu").state_dict().values())
+
+
+def test_a_scale_that_training_took_across_zero_stays_one() -> None:
+    fake = FakeQuantizer(PerTensor(0.5, 0, Grid.of_activations(8, False)), learned=True)
+    fake.scale.data.neg_()
+    assert fake(torch.tensor([0.6, 1.1])).tolist() == [0.5, 1.0]
+    assert fake.by().scale == 0.5
+    fake.scale.data.zero_()
+    fake(torch.tensor([0.6, 0.0])).sum().backward()
+    assert fake.scale.grad.isfinite()
+
+
+class Overwrites(nn.Module):
+    """What a layer reads is written to before anything goes backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv, self.end = nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x)
+        y = self.end(self.conv(x) + z)
+        z.relu_()
+        return y + z[:, :2]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_is_rounded_may_be_written_to_afterwards(learned: bool) -> None:
+    gm = trained(faked(Overwrites(), learned=learned))
+    x = data()[0]
+    assert torch.equal(fxcompress.compile(gm, ["quantize"], x)(x), gm(x))
+
+
+class Branches(nn.Module):
+    """Gradients reach ``b`` and what ``frozen`` reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.frozen = (nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            y = self.a(x)
+        return self.frozen(self.b(y)), self.c(x).argmax(1)
+
+
+def test_scales_that_no_gradient_reaches_and_those_of_frozen_weights_are_not_learned() -> None:
+    gm = faked(Branches(), learned=True)
+    learned = {n for n, _ in gm.named_parameters() if n.endswith("scale")}
+    assert {n for n in learned if "weight" in n} == {"b.weight_fake_quant.scale"}
+    assert len(learned) == 3, "and what b reads and gives"
+    gm(data()[0])[0].sum().backward()
+    assert all(gm.get_parameter(name).grad is not None for name in learned)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_dynamo_takes_the_graph_whole(learned: bool) -> None:
+    torch._dynamo.reset()
+    gm = faked(Net(), learned=learned).train()
+    twin, x = copy.deepcopy(gm), data()[0]
+    fast = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for module in (gm, fast):
+        module(x).square().sum().backward()
+    assert torch.allclose(fast(x), gm(x), atol=1e-5)
+    for one, other in zip(gm.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
 # --- bad input ---
 
 
