@@ -12,11 +12,13 @@ from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.kernels import Int8Linear, IntegerLayer, PostOp, to_uint8
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize_groups, dynamically
 
-__all__ = ["DynamicInt8Linear", "WeightOnlyLinear", "has_int4_kernel"]
+__all__ = ["DynamicInt8Linear", "WeightOnlyLinear", "unfit"]
 
 _ROWS = 32
 """Up to so many rows the weight-only kernels are faster than real weights made anew: 2 to 3 times as fast as a float32
 layer with one row or eight, slower with 128 (AVX512, one thread, 768 to 3072 columns)."""
+_INT8_COLUMNS = 16
+"""The int8 kernel reads so many at once, beyond the end of a row too."""
 _INT4_ROWS = 32
 """The int4 kernel takes outputs by as many."""
 _INT4_GROUPS = (32, 64, 128, 256)
@@ -106,7 +108,13 @@ class WeightOnlyLinear(IntegerLayer):
         return f"{tuple(self.weight.shape)}, group={self.group or 'channel'}"
 
 
-def has_int4_kernel(weight: Tensor, group: int) -> bool:
-    """Whether a matrix of integers with a scale for each ``group`` of a row is something the int4 kernel takes."""
+def unfit(weight: Tensor, group: int) -> str | None:
+    """Why no kernel of :class:`WeightOnlyLinear` takes a matrix of integers with a scale for each ``group`` of a row;
+    ``None`` if one does."""
+    if not group:
+        odd = weight.shape[1] % _INT8_COLUMNS
+        return f"its rows of {weight.shape[1]} are no multiple of {_INT8_COLUMNS}" if odd else None
     fits = group in _INT4_GROUPS and weight.shape[0] % _INT4_ROWS == 0 and weight.shape[1] % group == 0
-    return fits and bool((weight.abs() < _INT4_MIDDLE).all())
+    if not fits or not bool((weight.abs() < _INT4_MIDDLE).all()):
+        return "its groups of weights fit no int4 kernel (4 bits, 32, 64, 128 or 256 in a group, rows by 32)"
+    return None

@@ -11,7 +11,7 @@ from fxcompress import editing
 from fxcompress.pass_base import PassContext
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.kernels import IntegerLayer, PostOp
-from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, has_int4_kernel
+from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, unfit
 from fxcompress.passes.quantization.lowering_between import unsigned_grid
 from fxcompress.passes.quantization.lowering_layers import EIGHT_BITS, OTHER_SCALES, fused, path_of, put_kernel
 from fxcompress.passes.quantization.placement import chain_of
@@ -74,8 +74,8 @@ def lowering_of(context: PassContext, layer: fx.Node) -> LinearLowering | str:
         return OTHER_SCALES
     if rounded is None:
         weight = context.gm.get_parameter(f"{path_of(layer)}.weight")
-        if group and not has_int4_kernel(weight, group):
-            return "its groups of weights fit no int4 kernel (4 bits, 32, 64, 128 or 256 in a group, rows by 32)"
+        if reason := unfit(weight, group):
+            return reason
         return LinearLowering(context.gm, layer, (layer,), PostOp(), None, group)
     if group:
         return OTHER_SCALES

@@ -13,6 +13,7 @@ wish it only.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -227,12 +228,25 @@ def is_carrier(context: PassContext, node: fx.Node) -> bool:
 
 def padding_of(context: PassContext, node: fx.Node) -> Any:
     """How many zeros ``node`` puts around what it reads, as ``F.pad`` takes it; ``None`` if it does something else."""
+    padding, value = _padding(context, node)
+    return padding if value == 0 else None
+
+
+def _padding(context: PassContext, node: fx.Node) -> tuple[Any, Any]:
+    """How much of which number ``node`` puts around what it reads; ``None`` twice if it does something else."""
     module = matching.called(context.gm, node, *_PADDING_MODULES)
     if module is not None:
-        return module.padding if getattr(module, "value", 0) == 0 and len(node.args) == 1 else None
+        return (module.padding, getattr(module, "value", 0)) if len(node.args) == 1 else (None, None)
     if not matching.is_call(node, ("pad",)) or matching.argument(node, 2, "mode", "constant") != "constant":
-        return None
-    return matching.argument(node, 1, "pad") if matching.argument(node, 3, "value", None) in (None, 0) else None
+        return None, None
+    value = matching.argument(node, 3, "value", None)
+    return matching.argument(node, 1, "pad"), 0 if value is None else value
+
+
+def _is_infinite(context: PassContext, node: fx.Node) -> bool:
+    """Whether it pads with infinities, as before max-pooling: there is no scale for those."""
+    value = _padding(context, node)[1]
+    return isinstance(value, float) and math.isinf(value)
 
 
 def _is_tensor(context: PassContext, node: fx.Node) -> bool:
@@ -291,7 +305,9 @@ def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Calla
     scales, native = _Scales(), {e for e in ends if memory.writer_after(e) is None}
 
     def may_read(value: fx.Node, reader: fx.Node) -> bool:
-        return _is_real(context, value) and value.op != "get_attr" and memory.writer_between(value, reader) is None
+        if not _is_real(context, value) or value.op == "get_attr" or _is_infinite(context, value):
+            return False
+        return memory.writer_between(value, reader) is None
 
     def wish(value: fx.Node, reader: fx.Node) -> None:
         wishes.setdefault(value, set()).add(reader)

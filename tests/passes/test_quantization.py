@@ -22,7 +22,7 @@ from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.passes.quantization import LowerInt8, Quantize
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp, to_uint8, unavailable
-from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, has_int4_kernel
+from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, unfit
 from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver
 from fxcompress.passes.quantization.rounding import adaptive
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, quantize
@@ -301,6 +301,23 @@ def test_batch_norms_that_could_be_folded_are_pointed_out() -> None:
 # --- bad input ---
 
 
+def test_pooling_over_a_border_of_infinities() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.max_pool2d(F.pad(self.stem(x), (0, 1, 0, 1), value=-torch.inf), 3, 2))
+
+    torch.manual_seed(0)
+    model, x = Net(), data(1, seed=9)[0]
+    for passes in ([Quantize()], [Quantize(), LowerInt8()]):
+        found = compiled(model, passes)
+        assert {d.get("value") for d in fxcompress.report(found).passes[0].details} == {None, "x", "max_pool2d"}
+        assert float((found(x) - model(x)).norm().detach() / model(x).norm().detach()) < 0.05
+
+
 def test_bad_options_are_refused() -> None:
     for options in (
         {"weight_bits": 9}, {"activation_bits": 4}, {"granularity": "row"}, {"observer": "mean"}, {"only": "a"},
@@ -414,7 +431,7 @@ def test_linear_layers_on_real_numbers(
     holder.register_buffer("weight_zero_point", torch.zeros(count, dtype=torch.int64))
     x = torch.randn(*rows, 64, generator=generator) * scale
     layers: list[tuple[nn.Module, float]] = []
-    if not group or (bits == 4 and has_int4_kernel(weight, group)):
+    if unfit(weight, group) is None:
         layers.append((WeightOnlyLinear(holder, group), 2**-7))
     if not group:
         layers.append((DynamicInt8Linear(holder, Grid(0, 255, torch.uint8), PostOp("relu")), 2**-7))
@@ -427,6 +444,15 @@ def test_linear_layers_on_real_numbers(
             if x.numel():
                 size = float((x.abs().amax() * (weight.abs().double().norm(dim=1) * 0.011).max()) + 1)
                 assert float((found - expected).abs().max()) <= tolerance * size * 8
+
+
+@needs_kernels
+def test_rows_that_the_weight_only_kernel_would_read_beyond_stay() -> None:
+    """It ends the process at the end of memory, or reads what is not its own."""
+    model, x = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 4)), torch.randn(2, 16)
+    lowered = compiled(model, [Quantize(activation_bits=None), LowerInt8()], [x])
+    assert type(lowered.get_submodule("0")) is WeightOnlyLinear
+    assert "its rows of 24 are no multiple of 16" in fxcompress.report(lowered).passes[-1].refusals[0].reason
 
 
 @needs_kernels
