@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from torch.profiler import ProfilerActivity
 __all__ = ["layers", "profile"]
 
 _RUNS, _SHOWN = 10, 40
+_OPENVINO_LAYERS = ("Convolution", "GroupConvolution", "FullyConnected", "FullyConnectedQuantizedLegacy")
 
 
 class _Watch(fx.Interpreter):
@@ -107,7 +107,8 @@ def _our_times(bench: Workbench) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def _openvino_times(bench: Workbench) -> tuple[dict[str, float], dict[str, str]]:
-    """The same of OpenVINO, whose operations have the paths of modules in their names; the kernels of layers."""
+    """The same of OpenVINO; the kernels of layers. Its layers have lost their names where something was fused into
+    them, so that they are told by their order, if there are as many as ours."""
     compiled = bench.openvino_compiled(bench.openvino_integers, "f32", PERF_COUNT=True)
     request = compiled.create_infer_request()
     runs: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
@@ -115,16 +116,18 @@ def _openvino_times(bench: Workbench) -> tuple[dict[str, float], dict[str, str]]
         request.infer([bench.x.numpy()])
         for part in request.get_profiling_info():
             runs[part.node_name, part.node_type, part.exec_type].append(part.real_time.total_seconds())
-    layers_ = {str(n.target) for n in bench.lowered.graph.nodes if n.op == "call_module"}
+    seconds = {part: statistics.median(found) for part, found in runs.items()}
+    theirs = [part for part in seconds if part[1] in _OPENVINO_LAYERS]
+    ours = [str(n.target) for n in bench.lowered.graph.nodes if _has_weight(bench, n)]
+    paths = dict(zip(theirs, ours, strict=True)) if len(theirs) == len(ours) else {}
     times: dict[str, float] = collections.Counter()
-    kinds: dict[str, str] = {}
-    for (name, kind, kernel), seconds in runs.items():
-        path = next(iter(re.findall(r"__module\.([^/]+)/", name)), "")
-        key = path if path in layers_ and kind in ("Convolution", "FullyConnected", "MatMul") else kind
-        if key == path:
-            kinds[key] = kernel
-        times[key] += statistics.median(seconds)
-    return times, kinds
+    for part, spent in seconds.items():
+        times[paths.get(part, part[1])] += spent
+    return times, {path: part[2] for part, path in paths.items()}
+
+
+def _has_weight(bench: Workbench, node: fx.Node) -> bool:
+    return node.op == "call_module" and hasattr(bench.lowered.get_submodule(str(node.target)), "weight")
 
 
 def _operators(averages: Iterable[Any]) -> str:
