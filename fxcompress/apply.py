@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fxcompress.editing import clean_up
 from fxcompress.errors import FxCompressError, PassError, PreconditionError
 from fxcompress.pass_base import Example, Pass, PassContext, Refusal, Site
 from fxcompress.progress import Event, Progress
-from fxcompress.report import RefusalRecord, SiteRecord, target_of
+from fxcompress.report import PassRecord, RefusalRecord, SiteRecord, target_of
 
 __all__ = ["Applied", "apply_pass"]
 
@@ -33,9 +33,16 @@ class Applied:
 
 
 def apply_pass(
-    pass_: Pass, gm: fx.GraphModule, example: Example | None, batches: Iterable[Example] | None, tell: Progress
+    pass_: Pass,
+    gm: fx.GraphModule,
+    example: Example | None,
+    batches: Iterable[Example] | None,
+    tell: Progress,
+    history: Sequence[PassRecord] = (),
 ) -> Applied:
     """Let ``pass_`` rewrite ``gm``, which is changed. A graph without sites stays exactly as it is.
+
+    ``history`` is what passes did to it before.
 
     Raises:
         FxCompressError: the pass refuses the model.
@@ -45,7 +52,7 @@ def apply_pass(
     rounds = min(len(gm.graph.nodes), _MOST_ROUNDS) + 1 if pass_.repeat else 1
     with torch.no_grad():
         for _ in range(rounds):
-            sites, refusals = _look(pass_, gm, example, batches, tell)
+            sites, refusals = _look(pass_, gm, example, batches, tell, history)
             if sites:
                 done += _rewrite(pass_, gm, sites, tell)
             if not (sites and pass_.repeat):
@@ -57,9 +64,14 @@ def apply_pass(
 
 
 def _look(
-    pass_: Pass, gm: fx.GraphModule, example: Example | None, batches: Iterable[Example] | None, tell: Progress
+    pass_: Pass,
+    gm: fx.GraphModule,
+    example: Example | None,
+    batches: Iterable[Example] | None,
+    tell: Progress,
+    history: Sequence[PassRecord],
 ) -> tuple[list[Site], tuple[RefusalRecord, ...]]:
-    context = PassContext(gm, example, batches)
+    context = PassContext(gm, example, batches, history=history)
     with _blamed(pass_, "requires()"):
         pass_.requires(context)
     with _blamed(pass_, "observes()"):
@@ -71,7 +83,7 @@ def _look(
                 "pass `calibration`"
             )
         statistics = collect(gm, batches, observations, lambda n, of: tell(Event("calibrate", pass_.name, n, of)))
-        context = PassContext(gm, example, batches, statistics)
+        context = PassContext(gm, example, batches, statistics, history)
     tell(Event("sites", pass_.name))
     with _blamed(pass_, "sites()"):
         found = list(pass_.sites(context))

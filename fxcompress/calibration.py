@@ -14,7 +14,7 @@ from fxcompress.errors import FxCompressError, PassError, UsageError
 from fxcompress.examples import check_fits, map_tensors
 from fxcompress.pass_base import Example, Observation, Observer
 
-__all__ = ["Batches", "as_batches", "check_batch", "checked", "collect"]
+__all__ = ["Batches", "Changed", "as_batches", "check_batch", "checked", "collect"]
 
 
 class Batches:
@@ -49,6 +49,20 @@ class Batches:
         if device is None or all(tensor.device == device for _, tensor in tensors):
             return example
         return map_tensors(example, lambda tensor: tensor.to(device))
+
+
+class Changed:
+    """Batches after ``change``, as often as they themselves can be read."""
+
+    def __init__(self, batches: Iterable[Example], change: Callable[[Example], Example]) -> None:
+        self._batches, self._change = batches, change
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self._change, self._batches)
+
+    def count(self) -> int | None:
+        """How many batches there are, if the data knows."""
+        return self._batches.count() if isinstance(self._batches, (Batches, Changed)) else None
 
 
 def as_batches(calibration: Any, *, keep: bool = True, device: torch.device | None = None) -> Batches:
@@ -179,7 +193,7 @@ def collect(
         if wish.key not in mine:
             mine[wish.key] = wish.factory()
     collector = _Collector(gm, observers)
-    total = batches.count() if isinstance(batches, Batches) else None
+    total = batches.count() if isinstance(batches, (Batches, Changed)) else None
     for index, batch in enumerate(batches):
         check_batch(gm, batch, index)
         own = map_tensors(batch, torch.Tensor.clone)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxcompress.scopes import SCOPES
+
 __all__ = [
     "add_module",
     "clean_up",
@@ -112,6 +114,8 @@ def _delete_unreferenced(gm: fx.GraphModule) -> None:
             value = getattr(value, part)
         if isinstance(value, nn.Module) and id(value) not in whole:
             whole.update(id(module) for module in value.modules())
+    if SCOPES in gm._modules:
+        needed.add((id(gm), SCOPES))
     pending: list[nn.Module] = [gm]
     while pending:
         owner = pending.pop()
@@ -124,11 +128,14 @@ def _delete_unreferenced(gm: fx.GraphModule) -> None:
 def private_copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A deep copy that shares nothing with ``gm``.
 
-    ``GraphModule.__deepcopy__`` registers the root's own buffers anew and so makes persistent what was not; put right
+    ``GraphModule.__deepcopy__`` registers the buffers of its own anew and so makes persistent what was not; put right
     here, or such buffers would turn up in the ``state_dict``.
     """
     copied = copy.deepcopy(gm)
-    copied._non_persistent_buffers_set = set(gm._non_persistent_buffers_set) & set(copied._buffers)
+    others = dict(copied.named_modules())
+    for path, module in gm.named_modules():
+        if isinstance(module, fx.GraphModule) and path in others:
+            others[path]._non_persistent_buffers_set = module._non_persistent_buffers_set & set(others[path]._buffers)
     return copied
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -19,6 +19,7 @@ from torch import fx
 from fxcompress.analysis.aliasing import Aliasing, aliasing
 from fxcompress.analysis.shapes import Shapes, shapes
 from fxcompress.errors import PreconditionError
+from fxcompress.report import PassRecord
 
 __all__ = ["Example", "Guarantee", "Need", "Observation", "Observer", "Pass", "PassContext", "Refusal", "Site"]
 
@@ -86,7 +87,10 @@ class Refusal:
 
 
 class PassContext:
-    """What a pass may ask about the graph in front of it. Made anew after every change, so nothing in it is stale."""
+    """What a pass may ask about the graph in front of it, and what passes did to that so far (``history``).
+
+    Made anew after every change, so nothing in it is stale.
+    """
 
     def __init__(
         self,
@@ -94,10 +98,12 @@ class PassContext:
         example: Example | None = None,
         batches: Iterable[Example] | None = None,
         statistics: Mapping[tuple[fx.Node, str], Any] | None = None,
+        history: Sequence[PassRecord] = (),
     ) -> None:
         self.gm = gm
         self.example = example
         self.batches = batches
+        self.history = history
         self.statistics: Mapping[tuple[fx.Node, str], Any] = statistics or {}
 
     @cached_property
@@ -152,6 +158,17 @@ class Pass:
     def rewrite(self, site: Site) -> Mapping[str, Any] | None:
         """Change the graph at ``site``; what it returns (plain values) is added to the site's detail."""
         raise NotImplementedError(f"{type(self).__qualname__} must act on its sites: implement rewrite()")
+
+    def compared(self, gm: fx.GraphModule, example: Example) -> tuple[fx.GraphModule, Example]:
+        """The part of a graph, before or after this pass, that the guarantee is about, and inputs of that part.
+
+        All of it, unless the pass adds inputs and outputs or takes them away. ``gm`` is not changed.
+        """
+        return gm, example
+
+    def extended(self, gm: fx.GraphModule, example: Example) -> Example:
+        """``example``, which fits the graph before this pass, as ``gm``, the graph after it, takes it."""
+        return example
 
     def calibration_reads(self) -> int:
         """How often this pass reads the calibration data; a stream of it is kept in memory if more than once in all."""

@@ -6,6 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from fxcompress.analysis.cost import Cost, cost
 from fxcompress.apply import Applied, apply_pass
-from fxcompress.calibration import Batches, as_batches
+from fxcompress.calibration import Batches, Changed, as_batches
 from fxcompress.checks import check_model, non_finite_state
 from fxcompress.editing import private_copy
 from fxcompress.errors import FxCompressError, PassError, PreconditionError, UsageError
@@ -36,7 +37,7 @@ class _Job:
     model: nn.Module
     passes: tuple[Pass, ...]
     example: Example | None
-    batches: Batches | None
+    batches: Batches | Changed | None
     verify: bool
     warnings: tuple[str, ...] = ()
 
@@ -82,9 +83,11 @@ def compile(
         tell(Event("trace"))
         gm, earlier = _private_graph(job)
         first = last = _measure(gm, job.example)
-        records = []
+        records: list[PassRecord] = []
+        past = () if earlier is None else earlier.passes
         for pass_ in job.passes:
-            gm, last, record = _step(job, pass_, gm, last, tell)
+            gm, last, record = _step(job, pass_, gm, last, (*past, *records), tell)
+            job = _extended(job, pass_, gm)
             records.append(record)
         total = _total(first, last, time.perf_counter() - start, job.warnings)
         tell(Event("done", done=1, total=1))
@@ -169,15 +172,15 @@ def _measure(gm: fx.GraphModule, example: Example | None, pass_: Pass | None = N
 
 
 def _step(
-    job: _Job, pass_: Pass, before: fx.GraphModule, size: Cost, tell: Progress
+    job: _Job, pass_: Pass, before: fx.GraphModule, size: Cost, history: Sequence[PassRecord], tell: Progress
 ) -> tuple[fx.GraphModule, Cost, PassRecord]:
     """One pass: from the graph before it and its cost to those after it, and the record."""
     start = time.perf_counter()
     after = private_copy(before)
-    applied = apply_pass(pass_, after, job.example, job.batches, tell)
+    applied = apply_pass(pass_, after, job.example, job.batches, tell, history)
     tell(Event("verify", pass_.name))
-    verdict = _judge(job, pass_, before, after, applied)
-    new_size = _measure(after, job.example, pass_) if applied.sites else size
+    verdict = _judge(job, pass_, before, after, applied, history)
+    new_size = _measure(after, _extended(job, pass_, after).example, pass_) if applied.sites else size
     record = PassRecord(
         name=pass_.name,
         options=plain({f.name: getattr(pass_, f.name) for f in dataclasses.fields(pass_)}),  # type: ignore[arg-type]
@@ -201,7 +204,22 @@ def _step(
     return after, new_size, record
 
 
-def _judge(job: _Job, pass_: Pass, before: fx.GraphModule, after: fx.GraphModule, applied: Applied) -> Verdict:
+def _extended(job: _Job, pass_: Pass, after: fx.GraphModule) -> _Job:
+    """``job`` with inputs as ``after``, which ``pass_`` left, takes them."""
+    if job.example is None or type(pass_).extended is Pass.extended:
+        return job
+    batches = None if job.batches is None else Changed(job.batches, partial(pass_.extended, after))
+    return dataclasses.replace(job, example=pass_.extended(after, job.example), batches=batches)
+
+
+def _judge(
+    job: _Job,
+    pass_: Pass,
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    applied: Applied,
+    history: Sequence[PassRecord],
+) -> Verdict:
     if not applied.sites:
         return Verdict(True, "no sites: the graph is as it was", 0.0, 0.0)
     if not job.verify:
@@ -209,7 +227,7 @@ def _judge(job: _Job, pass_: Pass, before: fx.GraphModule, after: fx.GraphModule
     if job.example is None:
         return Verdict(False, "unverified: no example inputs")
     names = tuple(site.node for site in applied.sites)
-    return verify(Change(pass_, before, after, names, job.example, job.batches))
+    return verify(Change(pass_, before, after, names, job.example, job.batches, history))
 
 
 def _bytes(size: Cost) -> int:
@@ -271,5 +289,6 @@ def plan(
     plans = []
     for pass_ in job.passes:
         applied = apply_pass(pass_, gm, job.example, job.batches, lambda event: None)
+        job = _extended(job, pass_, gm)
         plans.append(PassPlan(pass_.name, applied.sites, applied.refusals))
     return Plan(tuple(plans))

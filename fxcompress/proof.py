@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ from torch import fx
 
 from fxcompress.analysis.outputs import Comparison, compare, non_finite, relative_error, tensor_leaves
 from fxcompress.apply import apply_pass
+from fxcompress.calibration import Changed
 from fxcompress.double import LowestPrecision, default_float64, double_example, double_graph
 from fxcompress.editing import private_copy
 from fxcompress.errors import FxCompressError, PreconditionError, VerificationError
 from fxcompress.examples import evaluate, fresh, with_larger_batch
 from fxcompress.pass_base import Example, Pass
+from fxcompress.report import PassRecord
 
 __all__ = ["EXACT_BOUND", "Change", "Verdict", "check_outputs", "failure", "prove", "reference_output"]
 
@@ -47,7 +49,10 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A pass at work: the graph ``before`` and ``after`` it, the names of the nodes it rewrote, and what to run on."""
+    """A pass at work: the graph ``before`` and ``after`` it, the names of the nodes it rewrote, what to run on.
+
+    ``history`` is what passes did before.
+    """
 
     pass_: Pass
     before: fx.GraphModule
@@ -55,6 +60,17 @@ class Change:
     sites: tuple[str, ...]
     example: Example
     batches: Iterable[Example] | None = None
+    history: Sequence[PassRecord] = ()
+
+    def compared(self) -> Change:
+        """The same of those parts of the graphs that the guarantee is about (:meth:`Pass.compared`)."""
+        before, example = self.pass_.compared(self.before, self.example)
+        after, _ = self.pass_.compared(self.after, self.example)
+        batches = None if self.batches is None else Changed(self.batches, self._part)
+        return dataclasses.replace(self, before=before, after=after, example=example, batches=batches)
+
+    def _part(self, batch: Example) -> Example:
+        return self.pass_.compared(self.before, batch)[1]
 
 
 def failure(change: Change, what: str) -> VerificationError:
@@ -146,8 +162,9 @@ def prove(change: Change) -> Verdict:
         VerificationError: it is not.
         PreconditionError: the original gives NaN.
     """
+    whole, change = change, change.compared()
     trials = _trials(change)
-    exact = _rerun(change, trials)
+    exact = _rerun(whole, trials)
     error, notes = _check_in_dtype(change, trials, exact)
     labels = ", ".join(trial.label for trial in trials)
     if exact.impossible:
@@ -161,33 +178,25 @@ def _rerun(change: Change, trials: list[_Trial]) -> _InFloat64:
     with default_float64():
         before = double_graph(change.before)
         after = private_copy(before)
-        twin = dataclasses.replace(change, before=before, after=after, example=double_example(change.example))
-        batches = None if change.batches is None else _Doubled(change.batches)
+        batches = None if change.batches is None else Changed(change.batches, double_example)
+        example = double_example(change.example)
+        twin = dataclasses.replace(change, before=before, after=after, example=example, batches=batches)
         try:
-            references = [evaluate(before, double_example(trial.example)) for trial in trials]
+            original = twin.compared().before
+            references = [evaluate(original, double_example(trial.example)) for trial in trials]
         except Exception as error:
             return _InFloat64(impossible=f"the graph does not run in float64 ({type(error).__name__}: {error})")
         if any(non_finite(reference) for reference in references):
             return _InFloat64(impossible="the float64 copy gives NaN where the model gives none")
         try:
-            applied = apply_pass(change.pass_, after, twin.example, batches, lambda event: None)
+            applied = apply_pass(change.pass_, after, example, batches, lambda event: None, change.history)
         except FxCompressError as error:
             return _InFloat64(impossible=f"the pass does not run in float64 ({error})")
         known = {node.name for node in change.before.graph.nodes}  # and not those that the pass itself made
         missing = known.intersection(change.sites).difference(site.node for site in applied.sites)
         if missing:
             raise failure(change, f"the float64 rerun, which is to prove it, leaves {', '.join(sorted(missing))} alone")
-        return _compare_in_float64(twin, trials, references)
-
-
-class _Doubled:
-    """Calibration data in float64, as often as the data itself can be read."""
-
-    def __init__(self, batches: Iterable[Example]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Any:
-        return map(double_example, self._batches)
+        return _compare_in_float64(twin.compared(), trials, references)
 
 
 def _compare_in_float64(twin: Change, trials: list[_Trial], references: list[Any]) -> _InFloat64:

@@ -260,6 +260,8 @@ def plain(value: Any) -> Any:
         return sorted((plain(v) for v in value), key=repr)
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
+    if isinstance(value, nn.Module) and next(value.children(), None) is not None:
+        return type(value).__name__  # all of it would be pages
     return str(value)
 
 

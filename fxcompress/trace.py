@@ -27,6 +27,7 @@ from fxcompress.recording.dimensions import fixed_dimensions, free_dimensions, i
 from fxcompress.recording.inputs import Inputs, read_inputs
 from fxcompress.recording.recording import Recording, finish
 from fxcompress.recording.structure import leaves
+from fxcompress.scopes import remember_ends
 
 __all__ = ["trace"]
 
@@ -92,6 +93,7 @@ def trace(
     if recording.sizes_were_read:
         fixed |= fixed_dimensions(work, gm, inputs, recording.free, trial=not recording.slow)
     insert_guards(gm, inputs, fixed, recording.ranks_were_read, recording.dtypes_were_read)
+    remember_ends(gm, recording.ends)
     return gm
 
 

@@ -25,6 +25,7 @@ def verify(change: Change) -> Verdict:
     """
     if change.pass_.guarantee is Guarantee.EXACT:
         return prove(change)
+    change = change.compared()
     if change.pass_.guarantee is Guarantee.APPROXIMATE:
         return _approximate(change)
     return _retrain(change)

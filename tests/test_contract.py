@@ -22,8 +22,8 @@ from tests.zoo import NETS
 
 PASSES = sorted(fxcompress.registered_passes())
 EXACT = [name for name in PASSES if fxcompress.registered_passes()[name].guarantee is Guarantee.EXACT]
-AFTER_OTHERS = ("lower-int8",)
-"""Passes that act only on what another one made; what they do there is tested with that one."""
+AFTER_OTHERS = ("attach-distillation", "detach-distillation", "lower-int8")
+"""Passes that act only on what another one made, or with a teacher; what they do there is tested with that."""
 SINGLE_BLOCKS = single_blocks(every_kind=False)
 ALL_SINGLE_BLOCKS = single_blocks()
 

@@ -53,6 +53,7 @@ class Recording:
         self._trying: dict[Dimension, str] = {}
         self.sizes_were_read = self.ranks_were_read = self.dtypes_were_read = False
         self.root = work
+        self.ends: dict[str, fx.Node] = {}
 
     def graph_module(self, free: dict[Dimension, str]) -> tuple[fx.GraphModule, dict[fx.Node, TrainingUse]]:
         """The graph, with the ``free`` dimensions free if the model runs at other sizes of them (``self.free`` then
@@ -70,7 +71,7 @@ class Recording:
             follow_device(session.graph, session.input_node(*first[0]), first[1].device)
         session.graph._tracer_cls = Retracer
         gm = fx.GraphModule(root, session.graph, type(root).__name__)
-        self.root = root
+        self.root, self.ends = root, session.ends
         if session.buffer_reads:
             warnings.warn(
                 f"the model reads the value of a buffer by {session.buffer_reads[0]}; the graph keeps what followed "

@@ -86,6 +86,7 @@ class Session(TorchFunctionMode):
         self.buffer_reads: list[str] = []
         self.sizes_were_read = self.ranks_were_read = self.dtypes_were_read = False
         self.tolerant = tolerant
+        self.ends: dict[str, fx.Node] = {}
         self._inputs: dict[str, fx.Node] = {}
         self._batches: set[fx.Node] = set()
         self._offence: DataRead | None = None
@@ -335,9 +336,13 @@ class Session(TorchFunctionMode):
             return self._record("call_module", path, args, kwargs, lambda: original(module, *args, **kwargs))
         self.ledger.stack.append((path, module))
         try:
-            return original(module, *args, **kwargs)
+            result = original(module, *args, **kwargs)
         finally:
             self.ledger.stack.pop()
+        end = self.ledger.node_of(result) if isinstance(result, torch.Tensor) else None
+        if end is not None:
+            self.ends[path] = end
+        return result
 
     def _on_method(self, path: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._ignoring():

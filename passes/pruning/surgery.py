@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -65,7 +65,7 @@ class Surgery:
             for tensor in list(_tensors(target)):
                 self._slice(tensor)
             if isinstance(target, nn.Module):
-                said = _sizes(target, attributes)
+                said = {**_sizes(target, attributes), **self._said_of_channels(node, target)}
                 for name, value in attributes.items():
                     setattr(target, name, value)
         return said
@@ -107,6 +107,15 @@ class Surgery:
         module = self.gm.get_submodule(str(node.target))
         new = layer_attributes(self, node, module)
         return {k: v for k, v in new.items() if getattr(module, k) != v}
+
+    def _said_of_channels(self, node: fx.Node, module: nn.Module) -> dict[str, str]:
+        """Which channels of the output of ``node`` stay, if some go: ``{"kept": "0-3,6"}``."""
+        x = self.groups.found.get(node)
+        if node.op != "call_module" or not isinstance(x, Labelled) or len(x.shape) < 2:
+            return {}
+        last = isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding))
+        stays = self.stays(x, len(x.shape) - 1 if last else 1)
+        return {} if stays.all() else {"kept": ranges(np.flatnonzero(stays).tolist())}
 
     def input_sizes(self, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape of the first argument of ``node``, before and after."""
@@ -209,6 +218,17 @@ def _tensors(target: Any) -> list[torch.Tensor]:
 
 def _sizes(module: nn.Module, new: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{k}_before": _plain(getattr(module, k)) for k in new} | {f"{k}_after": _plain(v) for k, v in new.items()}
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending ``numbers`` as text: ``0-3,6``."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][-1] == number - 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ",".join("-".join(map(str, part)) for part in found)
 
 
 def _plain(value: Any) -> Any:
