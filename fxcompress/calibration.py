@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcompress import processes
 from fxcompress.analysis.outputs import tensor_leaves
 from fxcompress.analysis.running import GraphRunner
 from fxcompress.errors import FxCompressError, PassError, UsageError
@@ -169,7 +170,8 @@ def collect(
     """Run ``gm`` once over the data and let every observer see the values of its node; no value is kept.
 
     Runs without gradients and in the mode (training or evaluation) that ``gm`` is in; buffers and random state are
-    afterwards as they were.
+    afterwards as they were. Where ``torch.distributed`` is at work each process runs its part of the batches, and all
+    get the results of the whole, if every observer can be merged.
 
     Args:
         gm: the graph.
@@ -192,10 +194,27 @@ def collect(
         mine = observers.setdefault(wish.node, {})
         if wish.key not in mine:
             mine[wish.key] = wish.factory()
-    collector = _Collector(gm, observers)
+    all_ = [observer for mine in observers.values() for observer in mine.values()]
+    shared = processes.count() > 1 and all(hasattr(observer, "merge") for observer in all_)
+    _show(gm, _Collector(gm, observers), batches, progress, processes.takes if shared else None)
+    if shared:
+        _merge(all_)
+    return {(node, key): observer.result() for node, mine in observers.items() for key, observer in mine.items()}
+
+
+def _show(
+    gm: fx.GraphModule,
+    collector: _Collector,
+    batches: Iterable[Example],
+    progress: Callable[[int, int | None], None] | None,
+    takes: Callable[[int], bool] | None,
+) -> None:
+    """Run the batches, of which only those that ``takes`` says."""
     total = batches.count() if isinstance(batches, (Batches, Changed)) else None
     for index, batch in enumerate(batches):
         check_batch(gm, batch, index)
+        if takes is not None and not takes(index):
+            continue
         own = map_tensors(batch, torch.Tensor.clone)
         try:
             collector.observe(own.args, own.kwargs)
@@ -208,4 +227,13 @@ def collect(
             ) from error
         if progress is not None:
             progress(index + 1, total)
-    return {(node, key): observer.result() for node, mine in observers.items() for key, observer in mine.items()}
+
+
+def _merge(observers: Sequence[Any]) -> None:
+    """Let those of every process know what those of all others saw, in the order of the processes."""
+    distinct = list({id(observer): observer for observer in observers}.values())  # several nodes may share one
+    for observer, seen in zip(distinct, zip(*processes.gathered(distinct), strict=True), strict=True):
+        first, *others = seen
+        for other in others:
+            first.merge(other)
+        vars(observer).update(vars(first))

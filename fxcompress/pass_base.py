@@ -53,7 +53,11 @@ class Example:
 
 
 class Observer(Protocol):
-    """Streams over the values that one node takes on calibration data."""
+    """Streams over the values that one node takes on calibration data.
+
+    One that also has ``merge(other)``, which takes in what another one of its kind saw, lets several processes share
+    the data; its order must not matter then.
+    """
 
     def update(self, value: Any) -> None: ...
 

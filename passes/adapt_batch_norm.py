@@ -66,6 +66,14 @@ class ChannelMoments:
             return
         mean = channels.mean(1)
         m2 = (channels - mean[:, None]).square().sum(1)
+        self._add(n, mean, m2)
+
+    def merge(self, other: ChannelMoments) -> None:
+        """Take in what ``other`` saw."""
+        if other.count:
+            self._add(other.count, other.mean, other.m2)
+
+    def _add(self, n: int, mean: Tensor, m2: Tensor) -> None:
         d, total = mean - self.mean.to(mean.device), self.count + n
         self.m2 = self.m2.to(mean.device) + m2 + d.square() * (self.count * n / total)
         self.mean = self.mean.to(mean.device) + d * (n / total)

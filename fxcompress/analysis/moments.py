@@ -117,6 +117,12 @@ class MomentsObserver:
         if self._second.numel():
             self._second.baddbmm_(rows.mT, rows)
 
+    def merge(self, other: MomentsObserver) -> None:
+        """Take in what ``other`` saw."""
+        self._count += other._count
+        self._sum += other._sum
+        self._second += other._second
+
     def result(self) -> Moments:
         """The moments so far; zeros if nothing was seen."""
         count = max(self._count, 1)

@@ -98,6 +98,11 @@ class _Squares:
             self._sums += np.bincount(flat, sums.cpu().numpy().ravel(), self._classes)
             self._counts += np.bincount(flat, minlength=self._classes) * (value.numel() / flat.size)
 
+    def merge(self, other: _Squares) -> None:
+        """Take in what ``other`` saw."""
+        self._sums += other._sums
+        self._counts += other._counts
+
     def result(self) -> np.ndarray:
         """The mean square of each class, of shape ``(classes,)``; 0 for those that are not here."""
         found: np.ndarray = self._sums / np.maximum(self._counts, 1)

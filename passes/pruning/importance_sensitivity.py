@@ -149,6 +149,10 @@ class _Shares:
                 shares = p.div_(total[:, None]).amax((0, 2, 3)).cpu().double()
                 self._largest[classes] = torch.maximum(self._largest[classes], shares)
 
+    def merge(self, other: _Shares) -> None:
+        """Take in what ``other`` saw."""
+        self._largest = torch.maximum(self._largest, other._largest)
+
     def result(self) -> tuple[Tensor, Tensor]:
         """Classes, and the largest share of each; both of shape ``(classes,)``."""
         return torch.from_numpy(self._classes), self._largest

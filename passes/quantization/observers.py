@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,6 +102,20 @@ class RangeObserver:
         if self._histogram is not None:
             self._histogram.update(value, least, greatest)
 
+    def _merge(self, other: RangeObserver) -> None:
+        """Take in what ``other`` saw."""
+        self._least, self._greatest = min(self._least, other._least), max(self._greatest, other._greatest)
+        self._count, self._finite = self._count + other._count, self._finite and other._finite
+        if self._histogram is not None and other._histogram is not None:
+            self._histogram.merge(other._histogram)
+
+    @property
+    def merge(self) -> Callable[[RangeObserver], None]:
+        """Take in what another one saw; a moving average has none, as it goes by the order."""
+        if self._method == "moving-average":
+            raise AttributeError("merge")
+        return self._merge
+
     def result(self) -> Seen:
         """What was seen so far."""
         if not self._count:
@@ -126,7 +141,19 @@ class _Histogram:
         while largest > self._width * _BINS:
             self._double()
         edge = self._width * _BINS
-        self._counts += torch.histc(value, 2 * _BINS, -edge, edge).double()
+        self._counts += torch.histc(value, 2 * _BINS, -edge, edge).cpu().double()
+
+    def merge(self, other: _Histogram) -> None:
+        """Add counts of bins of another width: each to the bin in which its middle lies."""
+        if not other._width:
+            return
+        if not self._width:
+            self._width, self._counts = other._width, other._counts.clone()
+            return
+        while self._width < other._width:
+            self._double()
+        middles = (torch.arange(2 * _BINS, dtype=torch.float64) + 0.5 - _BINS) * (other._width / self._width)
+        self._counts.index_add_(0, (middles.floor().long() + _BINS), other._counts)
 
     def _double(self) -> None:
         merged = self._counts.view(-1, 2).sum(1)

@@ -54,6 +54,13 @@ class LargestObserver:
         found = value.detach().abs().amax(others).cpu().double() if others else value.detach().abs().cpu().double()
         self._largest = found if self._largest is None else torch.maximum(self._largest, found)
 
+    def merge(self, other: LargestObserver) -> None:
+        """Take in what ``other`` saw."""
+        if self._largest is None or other._largest is None:
+            self._largest = other._largest if self._largest is None else self._largest
+        else:
+            self._largest = torch.maximum(self._largest, other._largest)
+
     def result(self) -> Tensor | None:
         """``(channels,)``, float64; ``None`` if nothing was seen."""
         return self._largest
