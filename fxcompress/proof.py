@@ -3,12 +3,13 @@
 Two graphs that are equal over the reals differ by rounding alone. In float64 that is some 1e-16 times what the network
 amplifies; a network that amplified it beyond :data:`EXACT_BOUND` = 1e-9, by 4.5e6, would turn float32's rounding of
 6e-8 into errors of 0.27 and be of no use to anybody. A defect as small as a factor of 1 + 1e-6, which float32 hides,
-stands a thousand times above the bound.
+stands a thousand times above the bound. Where the original's own rounding error r, measured against its float64 copy,
+says that it is such a network (one with random weights may be), the bound is ten times what r comes to in float64.
 
 The rewritten graph in the model's own dtype u is what the user gets, and float64 does not see it: a weight may have
 overflowed to infinity in float16, say. It is held to ``max(sqrt(eps), 10 r)`` where eps is the machine epsilon of the
-coarsest dtype in use and r is the original's own rounding error, measured against its float64 copy: the rewritten graph
-may round differently, but it keeps half of its digits or rounds at most ten times as badly as the original did.
+coarsest dtype in use: the rewritten graph may round differently, but it keeps half of its digits or rounds at most ten
+times as badly as the original did.
 """
 
 from __future__ import annotations
@@ -145,9 +146,10 @@ def _trials(change: Change) -> list[_Trial]:
 
 @dataclasses.dataclass(frozen=True)
 class _InFloat64:
-    """The rerun: its largest error, the original's rounding error; or why there was none."""
+    """The rerun: its largest error, the largest that was allowed, the original's rounding error; or why none."""
 
     error: float = 0.0
+    bound: float = EXACT_BOUND
     rounding: float = 0.0
     impossible: str = ""
 
@@ -170,7 +172,7 @@ def prove(change: Change) -> Verdict:
     if exact.impossible:
         how = f"not proved: {exact.impossible}; compared in the model's own dtype only, on {labels}"
         return Verdict(False, how, None, error, (*notes, how))
-    how = f"float64 rerun, error {exact.error:.1e} (at most {EXACT_BOUND:.0e}) on {labels}"
+    how = f"float64 rerun, error {exact.error:.1e} (at most {exact.bound:.0e}) on {labels}"
     return Verdict(True, how, exact.error, error, notes)
 
 
@@ -196,18 +198,21 @@ def _rerun(change: Change, trials: list[_Trial]) -> _InFloat64:
         missing = known.intersection(change.sites).difference(site.node for site in applied.sites)
         if missing:
             raise failure(change, f"the float64 rerun, which is to prove it, leaves {', '.join(sorted(missing))} alone")
-        return _compare_in_float64(twin.compared(), trials, references)
+        return _compare_in_float64(twin.compared(), trials, references, _coarsest_eps(change))
 
 
-def _compare_in_float64(twin: Change, trials: list[_Trial], references: list[Any]) -> _InFloat64:
-    error, rounding = 0.0, 0.0
+def _compare_in_float64(twin: Change, trials: list[_Trial], references: list[Any], eps: float) -> _InFloat64:
+    """``eps`` is the machine epsilon of the model's own dtype."""
+    error, rounding, largest = 0.0, 0.0, EXACT_BOUND
     for trial, reference in zip(trials, references, strict=True):
-        rounding = max(rounding, _rounding(trial.reference, reference))
+        own = _rounding(trial.reference, reference)
+        bound = max(EXACT_BOUND, 10 * own * torch.finfo(torch.float64).eps / eps)
+        rounding, largest = max(rounding, own), max(largest, bound)
         label = f"{trial.label} in float64"
         example = double_example(trial.example)
         found = check_outputs(twin, twin.after, example, reference, label)
         error = max(error, found.error)
-        if found.error <= EXACT_BOUND and not found.discrete:
+        if found.error <= bound and not found.discrete:
             continue
         lowest = LowestPrecision()
         with lowest:  # nothing but the graph: making the float64 inputs would count as float32
@@ -215,9 +220,9 @@ def _compare_in_float64(twin: Change, trials: list[_Trial], references: list[Any
         if lowest.eps > torch.finfo(torch.float64).eps:
             why = f"something inside the graph computes in {lowest.dtype} ({lowest.operator}) whatever its input"
             return _InFloat64(rounding=rounding, impossible=why)
-        what = "; ".join(found.discrete) or f"{found.where} differs by {found.error:.1e} (at most {EXACT_BOUND:.0e})"
+        what = "; ".join(found.discrete) or f"{found.where} differs by {found.error:.1e} (at most {bound:.0e})"
         raise failure(twin, f"on {label}, {what}")
-    return _InFloat64(error, rounding)
+    return _InFloat64(error, largest, rounding)
 
 
 def _rounding(reference: Any, in_float64: Any) -> float:

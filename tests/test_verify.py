@@ -255,6 +255,36 @@ def test_wrong_passes_are_caught(defect: Callable[[nn.Linear], None], dtype: tor
         assert part in message
 
 
+class Chaos(nn.Module):
+    """A linear layer, and the logistic map: what goes in is amplified by 2 in each of so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.linear, self.steps = nn.Linear(4, 6), steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.linear(x))
+        for _ in range(self.steps):
+            x = 4 * x * (1 - x)
+        return x
+
+
+def round_otherwise(layer: nn.Linear) -> None:
+    layer.weight.copy_(layer.weight * 3 / 3)
+    layer.weight.mul_(1 + 4 * torch.finfo(layer.weight.dtype).eps)
+
+
+def test_rounding_that_a_network_amplifies_is_no_defect_of_a_pass() -> None:
+    verdict = judge(Chaos(22), EachLinear(round_otherwise), X)
+    assert verdict.error is not None
+    assert 1e-9 < verdict.error < 1e-7
+    assert "(at most 1e-09)" not in verdict.how
+    with pytest.raises(VerificationError, match="differs by"):
+        judge(Chaos(22), EachLinear(scale_a_little), X)
+    with pytest.raises(VerificationError, match="at most 1e-09"):
+        judge(Chaos(2), EachLinear(scale_a_little), X)
+
+
 def test_float32_would_hide_what_float64_shows() -> None:
     model = Net()
     before, after = model(X)["logits"], Net()
