@@ -270,17 +270,18 @@ class Chaos(nn.Module):
 
 
 def round_otherwise(layer: nn.Linear) -> None:
-    layer.weight.copy_(layer.weight * 3 / 3)
     layer.weight.mul_(1 + 4 * torch.finfo(layer.weight.dtype).eps)
 
 
 def test_rounding_that_a_network_amplifies_is_no_defect_of_a_pass() -> None:
-    verdict = judge(Chaos(22), EachLinear(round_otherwise), X)
-    assert verdict.error is not None
-    assert 1e-9 < verdict.error < 1e-7
-    assert "(at most 1e-09)" not in verdict.how
-    with pytest.raises(VerificationError, match="differs by"):
-        judge(Chaos(22), EachLinear(scale_a_little), X)
+    for steps, least in ((22, 1e-9), (32, 1e-6)):
+        verdict = judge(Chaos(steps), EachLinear(round_otherwise), X)
+        assert verdict.verified
+        assert verdict.error is not None
+        assert verdict.error > least
+        assert "(at most 1e-09)" not in verdict.how
+        with pytest.raises(VerificationError, match="differs by"):
+            judge(Chaos(steps), EachLinear(scale_a_little), X)
     with pytest.raises(VerificationError, match="at most 1e-09"):
         judge(Chaos(2), EachLinear(scale_a_little), X)
 
