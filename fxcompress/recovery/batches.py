@@ -76,16 +76,16 @@ class Reader:
             UsageError: it is no batch, does not fit the graph, is empty, or has no labels where they are wanted.
         """
         inputs, labels = self._split(batch, index)
+        try:
+            bind_inputs(self._gm, inputs.args, inputs.kwargs)
+        except UsageError as error:
+            raise UsageError(f"batch {index}: {error}") from error
         if labels is None and self.wanted:
             raise UsageError(
                 f"batch {index} has no labels, which {self.wanted} wants. A batch with labels is a pair (inputs, "
                 "labels), where inputs is a tuple or a mapping if the model takes several, the model's positional "
                 f"inputs ({', '.join(self._names)}) and the labels after them, or a mapping with 'labels' in it"
             )
-        try:
-            bind_inputs(self._gm, inputs.args, inputs.kwargs)
-        except UsageError as error:
-            raise UsageError(f"batch {index}: {error}") from error
         read = Batch(inputs, labels)
         if read.size() == 0:
             raise UsageError(f"batch {index} is empty: its first tensor has no entries in dimension 0")

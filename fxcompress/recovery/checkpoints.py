@@ -164,12 +164,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _reported(path: Path) -> Iterator[None]:
-    """Errors of the disk as :class:`RecoveryError`. PyTorch's writer turns them into a bare ``RuntimeError``."""
+    """Errors of the disk as :class:`RecoveryError`. PyTorch's writer makes a bare ``RuntimeError`` of them."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(w in str(error) for w in ("inline_container", "PytorchStream")):
-            raise
         raise RecoveryError(
             f"{path} cannot be written ({error}); make room or choose another folder. Checkpoints that were there "
             "before are as they were, and the same call goes on from the last one"

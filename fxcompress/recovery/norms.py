@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -76,19 +78,40 @@ class SynchronisedNorms:
         return y.to(x.dtype)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of one tensor from each process; gradients of the sum are summed in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+def _sum(x: Tensor) -> Tensor:
+    total: Tensor = _SumOverProcesses.apply(x)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _summed(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total)
+    return total
+
+
 def _statistics(x: Tensor, counts: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance of each channel over all processes, and how many elements each is of. Two passes, as
     the difference of large sums would lose what the variance is."""
-    from torch.distributed.nn.functional import all_reduce
-
     dims = [d for d in range(x.dim()) if d != 1]
     part = float(counts)
     count = x.new_full((1,), part * x.numel() / x.shape[1])
-    sums = all_reduce(torch.cat([part * x.sum(dims), count]))  # type: ignore[no-untyped-call]
+    sums = _sum(torch.cat([part * x.sum(dims), count]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
     shape = [1, -1] + [1] * (x.dim() - 2)
-    squares = all_reduce(part * (x - mean.view(shape)).square().sum(dims))  # type: ignore[no-untyped-call]
+    squares = _sum(part * (x - mean.view(shape)).square().sum(dims))
     return mean, squares / count, count
 
 

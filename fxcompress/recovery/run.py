@@ -163,6 +163,8 @@ def _accelerator(precision: str) -> Iterator[Any]:
     ours = not AcceleratorState._shared_state
     try:
         accelerator = Accelerator(
+            # Without this accelerate takes the processes of torchrun on a machine without GPUs for one each.
+            cpu=True if not torch.accelerator.is_available() else None,
             mixed_precision="no" if precision == "fp32" else precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
@@ -174,6 +176,12 @@ def _accelerator(precision: str) -> Iterator[Any]:
     try:
         if precision == "fp16" and accelerator.scaler is None:
             raise UsageError(f"precision='fp16' needs a GPU, found {accelerator.device}; use 'bf16' or 'fp32'")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if accelerator.num_processes != world and "LOCAL_RANK" in os.environ:
+            raise UsageError(
+                f"{world} processes were launched, but accelerate was set up before for {accelerator.num_processes}; "
+                "call recover before, or make that Accelerator with cpu=True"
+            )
         kind = str(accelerator.distributed_type).rpartition(".")[2]
         if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP"):
             raise UsageError(f"recover trains with data parallelism (DDP or FSDP); accelerate is configured for {kind}")
