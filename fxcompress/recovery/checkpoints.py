@@ -21,11 +21,12 @@ from torch import fx
 
 from fxcompress.errors import RecoveryError, UsageError
 
-__all__ = ["Checkpoints", "Place", "written_whole"]
+__all__ = ["Checkpoints", "Place", "reported", "written_whole"]
 
 _PARTIAL = ".partial-"
 _KEPT = 2
 _ABOUT = "recovery.json"
+_SHARED = "in `checkpoint`; it must be a folder that all machines share"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,20 @@ class Checkpoints:
         """Where to go on; ``None`` if there is nothing yet.
 
         Raises:
-            UsageError: what is there is of another run.
+            UsageError: what is there is of another run, or not all processes see it.
         """
+        found = self._found()
+        if self._accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            (seen,) = broadcast_object_list([found])
+            if seen != found:
+                raise UsageError(
+                    f"process {self._accelerator.process_index} does not see what the main process sees {_SHARED}"
+                )
+        return found
+
+    def _found(self) -> Place | None:
         steps = self._complete()
         if not steps:
             return None
@@ -110,8 +123,7 @@ class Checkpoints:
         self._together(lambda: _publish(partial, final, text) if main else None, partial)
         if not final.is_dir():
             raise RecoveryError(
-                f"process {self._accelerator.process_index} does not see the checkpoint {final} that the main process "
-                "wrote; `checkpoint` must be a folder that all machines share"
+                f"process {self._accelerator.process_index} does not see {final}, which the main process wrote {_SHARED}"
             )
         self._collectively(self._thin)
 
@@ -125,7 +137,7 @@ class Checkpoints:
             torch.save(gm, partial / "graph.pt")
             _publish(partial, final, json.dumps(self._options))
 
-        with _reported(partial):
+        with reported(partial):
             write()
 
     def load_graph(self, stage: int) -> fx.GraphModule:
@@ -143,7 +155,7 @@ class Checkpoints:
     def _collectively(self, action: Callable[[], Any]) -> None:
         """The main process acts while the others wait."""
         if self._accelerator.is_main_process:
-            with _reported(self._folder):
+            with reported(self._folder):
                 action()
         self._accelerator.wait_for_everyone()
 
@@ -151,7 +163,7 @@ class Checkpoints:
         """All act; if one fails all raise, and nothing half written stays."""
         failure: RecoveryError | None = None
         try:
-            with _reported(partial):
+            with reported(partial):
                 action()
         except RecoveryError as error:
             failure = error
@@ -163,7 +175,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
     """Errors of the disk as :class:`RecoveryError`. PyTorch's writer makes a bare ``RuntimeError`` of them."""
     try:
         yield
@@ -210,7 +222,7 @@ def _flush(path: Path) -> None:
 
 def written_whole(path: Path, text: str) -> None:
     """Replace the contents of a file at once."""
-    with _reported(path):
+    with reported(path):
         partial = path.with_name(f"{_PARTIAL}{path.name}")
         partial.write_text(text, encoding="utf-8")
         _flush(partial)

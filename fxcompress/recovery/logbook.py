@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fxcompress.errors import UsageError
-from fxcompress.recovery.checkpoints import written_whole
+from fxcompress.recovery.checkpoints import reported, written_whole
 
 __all__ = ["Logbook"]
 
@@ -57,7 +57,7 @@ class Logbook:
         seconds = f"{time.perf_counter() - self._start:.3f}"
         full = {**{k: v for k, v in terms.items() if k not in _FIRST}, **row, "seconds": seconds}
         self._rows.append({key: str(full.get(key, "")) for key in self._columns})
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with reported(self._path), self._path.open("a", newline="", encoding="utf-8") as file:
             file.write(self._text(self._rows[-1:], header))
 
     def _text(self, rows: Sequence[Mapping[str, str]], header: bool) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from fxcompress.recovery.gradual import Gradual
 from fxcompress.recovery.logbook import Logbook
 from fxcompress.recovery.loop import Outside, Span, Training
 from fxcompress.recovery.objective import Objective, attach_distillation, detach_distillation, is_fused
+from fxcompress.recovery.processes import an_accelerator, from_main, shards
 from fxcompress.recovery.schedules import Schedule, constant
 from fxcompress.recovery.seeds import random_state_kept
 from fxcompress.recovery.settings import Settings
@@ -121,7 +121,7 @@ def recover(
     distillation = {"teacher": teacher, "losses": losses, "taps": taps}
     _check_call(gm, settings, distillation, evaluate)
     with contextlib.ExitStack() as stack:
-        accelerator = stack.enter_context(_accelerator(precision))
+        accelerator = stack.enter_context(an_accelerator(precision))
         stack.enter_context(random_state_kept())
         tell = stack.enter_context(reporting(progress if accelerator.is_main_process else None))
         run = _Run(gm, batches, settings, distillation, accelerator)
@@ -149,47 +149,6 @@ def _check_call(gm: Any, settings: Settings, distillation: dict[str, Any], evalu
         raise UsageError("there is nothing to minimise; pass `teacher`, the model before compression, or `loss_fn`")
     if evaluate is not None and not callable(evaluate):
         raise UsageError(f"`evaluate` is a function of a GraphModule, not {type(evaluate).__name__}")
-
-
-@contextlib.contextmanager
-def _accelerator(precision: str) -> Iterator[Any]:
-    """An ``Accelerator`` for this process, whose global state is forgotten afterwards unless it was there before."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
-    except ImportError as error:
-        raise UsageError("recover needs accelerate: pip install 'fxcompress[train]'") from error
-    ours = not AcceleratorState._shared_state
-    try:
-        accelerator = Accelerator(
-            # Without this accelerate takes the processes of torchrun on a machine without GPUs for one each.
-            cpu=True if not torch.accelerator.is_available() else None,
-            mixed_precision="no" if precision == "fp32" else precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            step_scheduler_with_optimizer=False,
-            # Losses may leave parameters without gradients, as where they look at inner layers only.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
-    except ValueError as error:
-        raise UsageError(f"accelerate cannot train with precision={precision!r} here: {error}") from error
-    try:
-        if precision == "fp16" and accelerator.scaler is None:
-            raise UsageError(f"precision='fp16' needs a GPU, found {accelerator.device}; use 'bf16' or 'fp32'")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if accelerator.num_processes != world and "LOCAL_RANK" in os.environ:
-            raise UsageError(
-                f"{world} processes were launched, but accelerate was set up before for {accelerator.num_processes}; "
-                "call recover before, or make that Accelerator with cpu=True"
-            )
-        kind = str(accelerator.distributed_type).rpartition(".")[2]
-        if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP"):
-            raise UsageError(f"recover trains with data parallelism (DDP or FSDP); accelerate is configured for {kind}")
-        yield accelerator
-    finally:
-        accelerator.free_memory()
-        if ours:
-            AcceleratorState._reset_state()
 
 
 class _Run:
@@ -283,26 +242,8 @@ class _Run:
                 checkpoints.save_graph(stage, gm)
             return gm
 
-        self._student = self._from_main(compressed).to(self._accelerator.device)
+        self._student = from_main(self._accelerator, compressed).to(self._accelerator.device)
         self._report = detach(self._student)
-
-    def _from_main(self, make: Callable[[], fx.GraphModule]) -> fx.GraphModule:
-        """What ``make`` gives in the main process, or the error that it raises, in every process."""
-        if self._accelerator.num_processes == 1:
-            return make()
-        from accelerate.utils import broadcast_object_list
-
-        found: list[Any] = [None]
-        if self._accelerator.is_main_process:
-            try:
-                found = [pickle.dumps(make())]
-            except Exception as error:  # the other processes wait: they must hear of it
-                found = [error]
-        (result,) = broadcast_object_list(found)
-        if isinstance(result, Exception):
-            raise result
-        gm: fx.GraphModule = pickle.loads(result)
-        return gm
 
     def _train(
         self, span: Span, stream: Stream, resumed: Place | None, outside: Outside, checkpoints: Checkpoints | None
@@ -317,7 +258,7 @@ class _Run:
             self._reader.wanted = self._reader.wanted or "a distillation loss"
         objective.ready(batch_norm=settings.batch_norm == "train")
         # What FSDP shards is no graph any more; its weights are gathered into a copy from before.
-        whole = private_copy(gm) if self._shards() else gm
+        whole = private_copy(gm) if shards(self._accelerator) else gm
 
         def student(prepared: nn.Module) -> fx.GraphModule:
             return self._alone(self._gathered(prepared, whole))
@@ -326,7 +267,8 @@ class _Run:
         training.run(stream, resumed)
         gathered = self._gathered(training.prepared, whole)
         self._student = gathered if self._fused else self._alone(gathered)
-        self._accelerator.free_memory()
+        if not span.final:
+            self._accelerator.free_memory()  # what it prepared, which the next stage's checkpoints are not to hold
 
     def _on_device(self, fields: dict[str, Any]) -> dict[str, Any]:
         teacher, device = fields["teacher"], self._accelerator.device
@@ -343,12 +285,9 @@ class _Run:
         detach(student)
         return student.eval()
 
-    def _shards(self) -> bool:
-        return str(self._accelerator.distributed_type).rpartition(".")[2] == "FSDP"
-
     def _gathered(self, prepared: nn.Module, whole: fx.GraphModule) -> fx.GraphModule:
         """``whole`` with the weights of ``prepared``; without FSDP it has them."""
-        if self._shards():
+        if shards(self._accelerator):
             from accelerate.utils import broadcast_object_list
 
             state = self._accelerator.get_state_dict(prepared)

@@ -160,7 +160,7 @@ def test_distillation_is_attached_and_detached() -> None:
         found = fxcompress.recover(student, images, teacher=teacher, epochs=40, lr=0.05)
     assert same(state(teacher), before)
     assert state(found).keys() == state(student).keys()
-    error = [float(F.mse_loss(gm.eval()(images[0]), teacher(images[0]))) for gm in (student, found)]
+    error = [F.mse_loss(gm.eval()(images[0]), teacher(images[0])).item() for gm in (student, found)]
     assert error[1] < 0.5 * error[0]
 
 
@@ -307,7 +307,7 @@ def test_a_gradient_that_is_no_number() -> None:
     def loss(output: Tensor, labels: Tensor) -> Tensor:
         return output.square().sum(1).sub(output.detach().square().sum(1)).sqrt().mean()  # the root of 0
 
-    with pytest.raises(RecoveryError, match="step 1: the gradient of '0.weight' is not finite"):
+    with pytest.raises(RecoveryError, match=r"step 1: the gradient of '0\.weight' is not finite"):
         train(network(), batches(4), loss_fn=loss)
 
 
@@ -324,16 +324,14 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("size", [100, 3000, 6000])
 def test_a_full_disk(tmp_path: Path, size: int) -> None:
     unbroken = state(train(network(), loader(), epochs=2))
-    with (
-        pytest.raises(RecoveryError, match=r"partial-step-0000000006 cannot be written"),
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
 
         def fills(event: Event) -> None:
             if event.done == 6:  # before the third checkpoint
                 stack.enter_context(file_size_limit(size))
 
-        train(network(), loader(), epochs=2, checkpoint=tmp_path, checkpoint_every=3, progress=fills)
+        with pytest.raises(RecoveryError, match=r"partial-step-0000000006 cannot be written"):
+            train(network(), loader(), epochs=2, checkpoint=tmp_path, checkpoint_every=3, progress=fills)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000000003", "step-0000000005"]
     assert same(state(train(network(), loader(), epochs=2, checkpoint=tmp_path, checkpoint_every=3)), unbroken)
 
