@@ -77,10 +77,11 @@ class Checkpoints:
 
             (seen,) = broadcast_object_list([found])
             if seen != found:
-                raise UsageError(
-                    f"process {self._accelerator.process_index} does not see what the main process sees {_SHARED}"
-                )
+                raise UsageError(f"{self._process()} does not see what the main process sees {_SHARED}")
         return found
+
+    def _process(self) -> str:
+        return f"process {self._accelerator.process_index}"
 
     def _found(self) -> Place | None:
         steps = self._complete()
@@ -122,9 +123,7 @@ class Checkpoints:
         text = json.dumps(about, indent=1)
         self._together(lambda: _publish(partial, final, text) if main else None, partial)
         if not final.is_dir():
-            raise RecoveryError(
-                f"process {self._accelerator.process_index} does not see {final}, which the main process wrote {_SHARED}"
-            )
+            raise RecoveryError(f"{self._process()} does not see {final}, which the main process wrote {_SHARED}")
         self._collectively(self._thin)
 
     def save_graph(self, stage: int, gm: fx.GraphModule) -> None:
