@@ -12,6 +12,7 @@ from fxcompress.errors import (
     FxCompressError,
     PassError,
     PreconditionError,
+    RecoveryError,
     TraceError,
     UsageError,
     VerificationError,
@@ -28,6 +29,7 @@ from fxcompress.pass_base import (
     Site,
 )
 from fxcompress.pipeline import PassPlan, Plan, compile, plan
+from fxcompress.recovery import Gradual, Rewound, Schedule, recover
 from fxcompress.registry import registered_passes
 from fxcompress.report import PassRecord, Report, report
 from fxcompress.trace import trace
@@ -35,6 +37,7 @@ from fxcompress.trace import trace
 __all__ = [
     "Example",
     "FxCompressError",
+    "Gradual",
     "Guarantee",
     "Need",
     "Observation",
@@ -46,8 +49,11 @@ __all__ = [
     "PassRecord",
     "Plan",
     "PreconditionError",
+    "RecoveryError",
     "Refusal",
     "Report",
+    "Rewound",
+    "Schedule",
     "Site",
     "TraceError",
     "UsageError",
@@ -55,6 +61,7 @@ __all__ = [
     "__version__",
     "compile",
     "plan",
+    "recover",
     "registered_passes",
     "report",
     "trace",

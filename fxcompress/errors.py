@@ -7,6 +7,7 @@ __all__ = [
     "FxCompressError",
     "PassError",
     "PreconditionError",
+    "RecoveryError",
     "TraceError",
     "TraceWarning",
     "UsageError",
@@ -36,6 +37,10 @@ class PassError(FxCompressError):
 
 class VerificationError(FxCompressError):
     """The rewritten graph does not keep the guarantee that its pass gives."""
+
+
+class RecoveryError(FxCompressError):
+    """Training cannot go on: a loss that is not finite, a checkpoint that cannot be written or read."""
 
 
 class TraceWarning(UserWarning):

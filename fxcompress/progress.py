@@ -18,16 +18,19 @@ class Event:
     """One step of the work.
 
     Attributes:
-        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"`` or ``"done"``.
-        pass_name: the pass it is for; ``None`` for ``"trace"`` and ``"done"``.
-        done: how much of this stage is done: batches of ``"calibrate"``, sites of ``"rewrite"``.
+        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"``, ``"recover"`` or ``"done"``.
+        pass_name: the pass it is for; ``None`` for ``"trace"``, ``"recover"`` and ``"done"``.
+        done: how much of this stage is done: batches of ``"calibrate"``, sites of ``"rewrite"``, steps of
+            ``"recover"``.
         total: of how much; ``None`` if that is not known.
+        note: how it goes, in words: the loss of ``"recover"``.
     """
 
-    stage: Literal["trace", "calibrate", "sites", "rewrite", "verify", "done"]
+    stage: Literal["trace", "calibrate", "sites", "rewrite", "verify", "recover", "done"]
     pass_name: str | None = None
     done: int = 0
     total: int | None = None
+    note: str = ""
 
 
 Progress = Callable[[Event], None]
@@ -61,12 +64,13 @@ def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
 @contextlib.contextmanager
 def _bar() -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    what, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), note)
     with RichProgress(*columns, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task("start", total=None)
+        task = bar.add_task("start", total=None, note="")
         current = ""
 
         def tell(event: Event) -> None:
@@ -76,8 +80,8 @@ def _bar() -> Iterator[Progress]:
                 bar.reset(task, description=description, total=event.total)
                 current = description
             if event.stage == "done":
-                bar.update(task, total=1, completed=1)
+                bar.update(task, total=1, completed=1, note=event.note)
             else:
-                bar.update(task, completed=event.done, total=event.total)
+                bar.update(task, completed=event.done, total=event.total, note=event.note)
 
         yield tell
