@@ -57,7 +57,7 @@ def teachings() -> dict[str, list[DistillationLoss]]:
         "labels alone": [],
         "soft targets": [soft],
         "+ attention": [soft, AttentionTransfer(weight=10.0)],
-        "+ factors": [soft, FactorTransfer(weight=10.0)],
+        "+ factors": [soft, FactorTransfer(weight=0.1)],
     }
 
 

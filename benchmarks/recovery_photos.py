@@ -28,6 +28,7 @@ from fxcompress.pass_base import Pass
 from fxcompress.passes.distillation import SoftTargets
 from fxcompress.passes.low_rank import Alds
 from fxcompress.passes.pruning import PruneChannels
+from fxcompress.recovery import Warmup
 
 _CALIBRATION, _UNSEEN = 64, ("coffee", "astronaut", "temple")
 
@@ -52,19 +53,22 @@ def measure(graph: fx.GraphModule, pass_: Pass, minutes: float, calibration: Ten
     batches = list(calibration.split(photos.BATCH))
     student = fxcompress.compile(graph, [pass_], calibration[:1], calibration=batches, verify=False)
     options: dict[str, Any] = {
-        "teacher": graph, "losses": [SoftTargets(temperature=2.0)], "optimizer": "adamw", "lr": 5e-4,
-        "batch_norm": "frozen", "max_norm": 1.0,
+        "teacher": graph, "losses": [SoftTargets(temperature=2.0)], "optimizer": "adamw", "lr": 2e-4,
+        "schedule": Warmup("cosine", 10), "batch_norm": "frozen", "max_norm": 1.0,
     }  # fmt: skip
-    start = time.perf_counter()
-    fxcompress.recover(student, list(stream(3)), **options)
-    each = (time.perf_counter() - start) / 3
-    steps = max(int(60 * minutes / each), 1)
+    seconds = []
+    for steps in (2, 6):
+        start = time.perf_counter()
+        fxcompress.recover(student, stream(steps), steps=steps, **options)
+        seconds.append(time.perf_counter() - start)
+    each = (seconds[1] - seconds[0]) / 4
+    steps = max(int((60 * minutes - seconds[0]) / each), 10)
     start = time.perf_counter()
     found = fxcompress.recover(student, stream(steps), steps=steps, **options)
-    seconds = time.perf_counter() - start
+    taken = time.perf_counter() - start
     total = fxcompress.report(student).total
     return {
-        "removed": {"parameters": total.cr_p, "macs": total.cr_f}, "steps": steps, "seconds": seconds,
+        "removed": {"parameters": total.cr_p, "macs": total.cr_f}, "steps": steps, "seconds": taken,
         "before": photos.compared(student, held_out), "after": photos.compared(found, held_out),
     }  # fmt: skip
 
