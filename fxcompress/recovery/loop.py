@@ -105,15 +105,12 @@ class Training:
         self._skipped = 0
         self._evaluation: float | None = None
 
-    def run(self, stream: Stream, resumed: Place | None) -> int:
+    def run(self, stream: Stream, resumed: Place | None) -> None:
         """Train to the end of the span.
 
         Args:
             stream: the data, at the right place.
             resumed: the place in this span to go on from, whose checkpoint is loaded.
-
-        Returns:
-            How many steps of the run are done.
 
         Raises:
             RecoveryError: a loss or gradient is not finite, or a checkpoint cannot be written.
@@ -143,7 +140,6 @@ class Training:
                     self._save(stream, step, over and self._span.final)
         finally:
             self._close()
-        return step
 
     # ---------------------------------------------------------------------------------------------------- a step
     def _set_rate(self, step: int) -> float:
