@@ -10,10 +10,13 @@ import torch
 from torch import fx, nn
 
 import fxcompress.pipeline as pipeline
+from fxcompress.apply import apply_pass
+from fxcompress.editing import private_copy
 from fxcompress.errors import UsageError
-from fxcompress.pass_base import Example
+from fxcompress.pass_base import Example, Pass
 from fxcompress.recovery.norms import freeze
 from fxcompress.registry import registered_passes
+from fxcompress.report import detach
 
 __all__ = ["Objective", "attach_distillation", "detach_distillation", "is_fused"]
 
@@ -27,21 +30,24 @@ def is_fused(gm: fx.GraphModule) -> bool:
 
 def attach_distillation(gm: fx.GraphModule, example: Example, fields: Mapping[str, Any]) -> fx.GraphModule:
     """``gm`` fused with a teacher and losses (``fields`` of the pass)."""
-    return _compiled(gm, f"attach-{_DISTILLATION}", example, fields)
+    pass_ = _pass(f"attach-{_DISTILLATION}", fields)
+    # Without verification: that the student stays as it is costs ten runs of both networks, each time.
+    return pipeline.compile(gm, [pass_], example.args, example_kwargs=dict(example.kwargs), verify=False)
 
 
-def detach_distillation(gm: fx.GraphModule, example: Example) -> fx.GraphModule:
-    """The student of the fused ``gm`` by itself, as a copy."""
-    return _compiled(gm, f"detach-{_DISTILLATION}", example, {})
+def detach_distillation(gm: fx.GraphModule) -> fx.GraphModule:
+    """The student of the fused ``gm`` by itself, as a copy without a report."""
+    student = private_copy(gm)
+    detach(student)
+    apply_pass(_pass(f"detach-{_DISTILLATION}", {}), student, None, None, lambda event: None)
+    return student
 
 
-def _compiled(gm: fx.GraphModule, name: str, example: Example, fields: Mapping[str, Any]) -> fx.GraphModule:
+def _pass(name: str, fields: Mapping[str, Any]) -> Pass:
     known = registered_passes()
     if name not in known:
         raise UsageError(f"distillation needs the pass {name!r}, which is not installed; pass `loss_fn` instead")
-    pass_ = known[name](**{key: value for key, value in fields.items() if value is not None})
-    # Without verification: that the student stays as it is costs ten runs of both networks, each time.
-    return pipeline.compile(gm, [pass_], example.args, example_kwargs=dict(example.kwargs), verify=False)
+    return known[name](**{key: value for key, value in fields.items() if value is not None})
 
 
 class Objective(nn.Module):
@@ -65,14 +71,12 @@ class Objective(nn.Module):
         self._term = getattr(loss_fn, "__name__", type(loss_fn).__name__)
 
     def ready(self, *, batch_norm: bool) -> None:
-        """Into training mode: dropout on; what the graph says of a teacher stays. Batch norm only on request."""
-        for owner in (self, self.gm):
-            owner.training = True
-        for name, child in (*self.gm.named_children(), ("", self.criterion)):
-            if isinstance(child, nn.Module) and name != _DISTILLATION:
-                child.train()
+        """Into training mode, in which a teacher stays as it is; batch norm of the student only on request."""
+        self.train()
         if not batch_norm:
-            freeze(self.gm)
+            for name, child in self.gm.named_children():
+                if name != _DISTILLATION:
+                    freeze(child)
 
     def forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ def recover(
     gm: fx.GraphModule,
     batches: Any,
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
     losses: Any = None,
     taps: Any = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -71,7 +70,7 @@ def recover(
         batches: an iterable of batches: a list, a ``DataLoader`` without a distributed sampler, a generator for one
             epoch. A batch is what calibration data is, or a pair ``(inputs, labels)``, or the positional inputs and
             labels after them, or a mapping with ``"labels"``. Its order and random numbers are those of ``seed``.
-        teacher: a model whose outputs, and what is inside, the graph is to come close to.
+        teacher: a model whose outputs, and what is inside, the graph is to come close to; or several, averaged.
         losses: how it is compared, a field of the pass ``attach-distillation``.
         taps: where it is compared inside, a field of the same.
         loss_fn: a function of (output, labels) that gives one number, the mean over the batch; added to what the
@@ -251,7 +250,7 @@ class _Run:
         settings, gm = self._settings, self._student
         if self._distils:
             assert self._example is not None
-            gm = attach_distillation(gm, self._example, self._on_device(self._distillation))
+            gm = attach_distillation(gm, self._example, self._distillation)
             detach(gm)
         objective = Objective(gm, settings.loss_fn).to(self._accelerator.device)
         if objective.distils_labels:
@@ -270,20 +269,11 @@ class _Run:
         if not span.final:
             self._accelerator.free_memory()  # what it prepared, which the next stage's checkpoints are not to hold
 
-    def _on_device(self, fields: dict[str, Any]) -> dict[str, Any]:
-        teacher, device = fields["teacher"], self._accelerator.device
-        if any(tensor.device != device for tensor in (*teacher.parameters(), *teacher.buffers())):
-            return {**fields, "teacher": copy.deepcopy(teacher).to(device)}
-        return fields
-
     def _alone(self, gm: fx.GraphModule) -> fx.GraphModule:
         """The student in ``gm`` by itself, a copy in evaluation mode."""
         if not is_fused(gm):
             return private_copy(gm).eval()
-        assert self._example is not None
-        student = detach_distillation(gm, self._example)
-        detach(student)
-        return student.eval()
+        return detach_distillation(gm).eval()
 
     def _gathered(self, prepared: nn.Module, whole: fx.GraphModule) -> fx.GraphModule:
         """``whole`` with the weights of ``prepared``; without FSDP it has them."""

@@ -25,10 +25,10 @@ from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress.errors import RecoveryError, UsageError
+from fxcompress.passes.distillation import AttachDistillation, Hint, SoftTargets
 from fxcompress.passes.pruning import PruneChannels
 from fxcompress.progress import Event
 from fxcompress.recovery import Gradual, Rewound
-from tests.recovery import fakes
 from tests.recovery.cases import Endless, Stop, batches, interrupted, loader, network, state, train
 
 
@@ -156,34 +156,34 @@ def test_distillation_is_attached_and_detached() -> None:
     student, teacher = network("dropout"), network("norm")
     before = state(teacher)
     images = [x for x, _ in batches(16, 16)]
-    with fakes.installed():
-        found = fxcompress.recover(student, images, teacher=teacher, epochs=40, lr=0.05)
+    found = fxcompress.recover(student, images, teacher=teacher, epochs=40, lr=0.05)
     assert same(state(teacher), before)
     assert state(found).keys() == state(student).keys()
-    error = [F.mse_loss(gm.eval()(images[0]), teacher(images[0])).item() for gm in (student, found)]
+    error = [SoftTargets()(gm.eval()(images[0]), teacher(images[0])).item() for gm in (student, found)]
     assert error[1] < 0.5 * error[0]
 
 
 def test_labels_for_distillation_and_for_the_loss(tmp_path: Path) -> None:
-    log = tmp_path / "log.csv"
-    with fakes.installed():
-        train(network(), batches(8), teacher=network(), losses="labels", log=log)
-        with pytest.raises(UsageError, match="no labels, which a distillation loss wants"):
-            fxcompress.recover(network(), [batches(8)[0][0]], teacher=network(), losses="labels")
+    log, losses = tmp_path / "log.csv", [SoftTargets(alpha=0.0), Hint()]
+    options: dict[str, Any] = {"teacher": network(), "losses": losses, "taps": [("0", "0")]}
+    train(network(), batches(8), log=log, **options)
+    with pytest.raises(UsageError, match="no labels, which a distillation loss wants"):
+        fxcompress.recover(network(), [batches(8)[0][0]], **options)
     (row,) = csv.DictReader(log.open())
-    assert float(row["loss"]) == pytest.approx(sum(float(row[k]) for k in ("soft", "hard", "cross_entropy")), rel=1e-6)
-    assert float(row["hard"]) == pytest.approx(float(row["cross_entropy"]))
+    names = ("soft_targets", "hint", "cross_entropy")
+    assert float(row["loss"]) == pytest.approx(sum(float(row[k]) for k in names), rel=1e-6)
+    assert float(row["soft_targets"]) == pytest.approx(float(row["cross_entropy"]))
 
 
 def test_a_fused_graph_is_trained_as_it_is() -> None:
-    graph = fakes.fused(network(), network("norm"), "hidden")
     images = [x for x, _ in batches(8, 8)]
-    with fakes.installed():
-        found = fxcompress.recover(graph, images, lr=0.1, evaluate=lambda gm: float(gm(images[0]).shape[0]))
+    attach = AttachDistillation(nn.Sequential(nn.Conv2d(3, 9, 3)), [Hint()], [("0", "0")])
+    graph = fxcompress.compile(network(), [attach], images[0])
+    found = fxcompress.recover(graph, images, lr=0.1, evaluate=lambda gm: float(gm(images[0]).shape[0]))
     before, after = state(graph), state(found)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias",
-                       "distillation.adaptor.weight", "distillation.adaptor.bias"}  # fmt: skip
+    learned = {"distillation.terms.hint.loss.regressor.weight", "distillation.terms.hint.loss.regressor.bias"}
+    assert changed == {"0.weight", "0.bias", *learned}
     with pytest.raises(UsageError, match="carries distillation losses already, so teacher cannot be given"):
         fxcompress.recover(graph, images, teacher=network())
 
