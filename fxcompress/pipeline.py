@@ -254,6 +254,11 @@ class PassPlan:
     refusals: tuple[RefusalRecord, ...]
 
 
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What :func:`compile` would do, pass by pass. ``str(plan)`` is a table."""
@@ -263,7 +268,7 @@ class Plan:
     def __str__(self) -> str:
         rows: list[list[str]] = []
         for p in self.passes:
-            details = [", ".join(f"{k}={v}" for k, v in site.detail.items()) for site in p.sites]
+            details = [", ".join(f"{k}={_short(v)}" for k, v in site.detail.items()) for site in p.sites]
             rows += [[p.name, "rewrite", s.node, s.target, d] for s, d in zip(p.sites, details, strict=True)]
             rows += [[p.name, "leave", r.node, r.target, r.reason] for r in p.refusals]
             if not p.sites and not p.refusals:
