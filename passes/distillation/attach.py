@@ -95,5 +95,6 @@ class AttachDistillation(StudentPass):
         if not missing:
             return example
         output = output_read(evaluate(student_of(gm), example), self.output)[1]
-        made = {LABELS: lambda: output.argmax(1), GIVEN: output.clone}
+        axes = [loss.channel_axis(output.dim()) for loss in self.losses if loss.needs_labels]
+        made = {LABELS: lambda: output.argmax(axes[0]), GIVEN: output.clone}
         return Example(example.args, {**example.kwargs, **{name: made[name]() for name in missing}})

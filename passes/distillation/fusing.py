@@ -76,6 +76,8 @@ class Fusing:
         readers = [loss.name for loss in losses if loss.reads == "features"]
         if readers and not known:
             raise PreconditionError(f"{name}: {', '.join(readers)} read features; pass the teacher that gives them")
+        if any(loss.needs_labels for loss in losses):
+            _check_labels(name, context)
         if not readers:
             taps = []
         elif taps is None:
@@ -162,6 +164,17 @@ def _sum(values: Sequence[fx.Node]) -> fx.Node:
 
 def _is_tensor(context: PassContext, node: fx.Node) -> bool:
     return isinstance(context.shapes[node], TensorSpec)
+
+
+def _check_labels(name: str, context: PassContext) -> None:
+    """An input of that name may be the student's own; one that it was recorded without must stay what it was."""
+    assert context.example is not None, "the pass needs one"
+    names = [str(node.target) for node in context.gm.graph.nodes if node.op == "placeholder"]
+    if LABELS in names[len(context.example.args) :] and LABELS not in context.example.kwargs:
+        raise PreconditionError(
+            f"{name}: the student takes {LABELS!r} itself, and was recorded without; give some in `example_kwargs`, so "
+            "that both read them, or wrap the model in one that does not take them"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- shapes

@@ -106,14 +106,14 @@ class DistillationLoss(nn.Module):
         sizes = []
         for shape in (student, teacher):
             size = list(shape)
-            size.insert(1, size.pop(self._dim(len(shape))))
+            size.insert(1, size.pop(self.channel_axis(len(shape))))
             sizes.append(size)
         reason = self._refusal(*sizes)
         if reason is not None:
             raise self._wrong(student, teacher, reason)
         return sizes[0], sizes[1]
 
-    def _dim(self, rank: int) -> int:
+    def channel_axis(self, rank: int) -> int:
         """The dimension of channels among ``rank``, not negative."""
         if rank < 2:
             raise UsageError(f"{self.name} compares channels or classes of samples; a value has {rank} dimension(s)")
@@ -127,7 +127,7 @@ class DistillationLoss(nn.Module):
         return 2 if rank == 3 else 1
 
     def _channels_second(self, x: Tensor) -> Tensor:
-        return x.movedim(self._dim(x.dim()), 1)
+        return x.movedim(self.channel_axis(x.dim()), 1)
 
     def _wrong(self, student: Sequence[int], teacher: Sequence[int], reason: str) -> UsageError:
         return UsageError(f"{self.name} cannot compare {tuple(student)} with the teacher's {tuple(teacher)}: {reason}")

@@ -203,6 +203,36 @@ def test_the_student_may_be_its_own_teacher_and_be_in_containers() -> None:
         fxcompress.compile(student, [AttachDistillation(student, output="c")], x)
 
 
+class Language(nn.Module):
+    """Logits for every token, and a loss of its own where there are labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+        logits = scale * self.head(self.table(ids))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits.mT, labels), "logits": logits}
+
+
+def test_tokens_and_labels_that_the_student_takes_itself() -> None:
+    torch.manual_seed(0)
+    student, ids = Language().eval(), torch.randint(11, (3, 5))
+    losses = [SoftTargets(alpha=0.5, channel_dim=-1)]
+    attach = AttachDistillation(Language().eval(), losses, output="logits")
+    with pytest.raises(PreconditionError, match="takes 'labels' itself"):
+        fxcompress.compile(student, [attach], ids, example_kwargs={"scale": 1.0})
+    passes = [attach, "remove-identity", "detach-distillation"]
+    gm = fxcompress.compile(student, passes, ids, example_kwargs={"labels": ids, "scale": 1.0})
+    assert set(gm(ids, labels=ids, scale=1.0)) == {"loss", "logits"}
+    only = nn.Sequential(student.table, student.head)
+    gm = fxcompress.compile(only, [AttachDistillation(only, losses), "remove-identity"], ids)
+    half = 0.5 * F.cross_entropy(only(ids).mT, ids)
+    assert torch.allclose(gm(ids, labels=ids)[2], half, rtol=1e-4)
+
+
 # --- taps ---
 
 
