@@ -86,8 +86,7 @@ def compile(
         records: list[PassRecord] = []
         past = () if earlier is None else earlier.passes
         for pass_ in job.passes:
-            gm, last, record = _step(job, pass_, gm, last, (*past, *records), tell)
-            job = _extended(job, pass_, gm)
+            gm, last, record, job = _step(job, pass_, gm, last, (*past, *records), tell)
             records.append(record)
         total = _total(first, last, time.perf_counter() - start, job.warnings)
         tell(Event("done", done=1, total=1))
@@ -173,14 +172,15 @@ def _measure(gm: fx.GraphModule, example: Example | None, pass_: Pass | None = N
 
 def _step(
     job: _Job, pass_: Pass, before: fx.GraphModule, size: Cost, history: Sequence[PassRecord], tell: Progress
-) -> tuple[fx.GraphModule, Cost, PassRecord]:
-    """One pass: from the graph before it and its cost to those after it, and the record."""
+) -> tuple[fx.GraphModule, Cost, PassRecord, _Job]:
+    """One pass: from the graph before it and its cost to those after it, the record, and the job for what follows."""
     start = time.perf_counter()
     after = private_copy(before)
     applied = apply_pass(pass_, after, job.example, job.batches, tell, history)
     tell(Event("verify", pass_.name))
     verdict = _judge(job, pass_, before, after, applied, history)
-    new_size = _measure(after, _extended(job, pass_, after).example, pass_) if applied.sites else size
+    following = _extended(job, pass_, after)
+    new_size = _measure(after, following.example, pass_) if applied.sites else size
     record = PassRecord(
         name=pass_.name,
         options=plain({f.name: getattr(pass_, f.name) for f in dataclasses.fields(pass_)}),  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def _step(
         details=tuple(site.to_dict() for site in applied.sites),
         warnings=verdict.warnings,
     )
-    return after, new_size, record
+    return after, new_size, record, following
 
 
 def _extended(job: _Job, pass_: Pass, after: fx.GraphModule) -> _Job:

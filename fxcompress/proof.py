@@ -186,7 +186,7 @@ def _rerun(change: Change, trials: list[_Trial]) -> _InFloat64:
         example = double_example(change.example)
         twin = dataclasses.replace(change, before=before, after=after, example=example, batches=batches)
         try:
-            original = twin.compared().before
+            original, _ = change.pass_.compared(before, example)
             references = [evaluate(original, double_example(trial.example)) for trial in trials]
         except Exception as error:
             return _InFloat64(impossible=f"the graph does not run in float64 ({type(error).__name__}: {error})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +14,9 @@ import fxcompress.pipeline as pipeline
 from fxcompress.apply import apply_pass
 from fxcompress.editing import private_copy
 from fxcompress.errors import UsageError
-from fxcompress.pass_base import Example, Pass
+from fxcompress.pass_base import Example
 from fxcompress.recovery.norms import freeze
-from fxcompress.registry import registered_passes
+from fxcompress.registry import resolve
 from fxcompress.report import detach
 
 __all__ = ["Objective", "attach_distillation", "detach_distillation", "is_fused"]
@@ -30,7 +31,8 @@ def is_fused(gm: fx.GraphModule) -> bool:
 
 def attach_distillation(gm: fx.GraphModule, example: Example, fields: Mapping[str, Any]) -> fx.GraphModule:
     """``gm`` fused with a teacher and losses (``fields`` of the pass)."""
-    pass_ = _pass(f"attach-{_DISTILLATION}", fields)
+    given = {key: value for key, value in fields.items() if value is not None}
+    pass_ = dataclasses.replace(resolve(f"attach-{_DISTILLATION}"), **given)  # type: ignore[type-var]
     # Without verification: that the student stays as it is costs ten runs of both networks, each time.
     return pipeline.compile(gm, [pass_], example.args, example_kwargs=dict(example.kwargs), verify=False)
 
@@ -39,15 +41,8 @@ def detach_distillation(gm: fx.GraphModule) -> fx.GraphModule:
     """The student of the fused ``gm`` by itself, as a copy without a report."""
     student = private_copy(gm)
     detach(student)
-    apply_pass(_pass(f"detach-{_DISTILLATION}", {}), student, None, None, lambda event: None)
+    apply_pass(resolve(f"detach-{_DISTILLATION}"), student, None, None, lambda event: None)
     return student
-
-
-def _pass(name: str, fields: Mapping[str, Any]) -> Pass:
-    known = registered_passes()
-    if name not in known:
-        raise UsageError(f"distillation needs the pass {name!r}, which is not installed; pass `loss_fn` instead")
-    return known[name](**{key: value for key, value in fields.items() if value is not None})
 
 
 class Objective(nn.Module):

@@ -82,7 +82,7 @@ class AttachDistillation(StudentPass):
         losses = [copy.deepcopy(loss) for loss in self.losses or (SoftTargets(),)]
         fusing = Fusing.of(self.name, context, self.teachers, losses, self.taps, self.resize, self.output)
         detail = {"losses": [repr(loss) for loss in losses], "taps": [f"{a} <- {b}" for a, b in fusing.taps]}
-        yield Site(next(iter(reversed(context.gm.graph.nodes))), fusing, detail)
+        yield Site(context.gm.graph.output_node(), fusing, detail)
 
     def rewrite(self, site: Site) -> None:
         """See :meth:`Pass.rewrite`."""

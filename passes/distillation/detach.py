@@ -37,7 +37,7 @@ class DetachDistillation(StudentPass):
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`: the output, if there is distillation in the graph."""
         if holder_of(context.gm) is not None:
-            yield Site(next(iter(reversed(context.gm.graph.nodes))), context.gm)
+            yield Site(context.gm.graph.output_node(), context.gm)
 
     def rewrite(self, site: Site) -> None:
         """See :meth:`Pass.rewrite`."""

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fxcompress import editing
 from fxcompress.analysis.memory import Memory
-from fxcompress.analysis.shapes import TensorSpec
+from fxcompress.analysis.shapes import TensorSpec, shapes
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.pass_base import Example, PassContext
 from fxcompress.passes.distillation.channels import kept_channels
@@ -73,6 +73,7 @@ class Fusing:
         gm, example = context.gm, context.example
         assert example is not None, "the pass needs one"
         known = [recorded(teacher, example, name) for teacher in teachers]
+        seen = [shapes(one, its.args, dict(its.kwargs)) for one, its in known]
         readers = [loss.name for loss in losses if loss.reads == "features"]
         if readers and not known:
             raise PreconditionError(f"{name}: {', '.join(readers)} read features; pass the teacher that gives them")
@@ -81,10 +82,11 @@ class Fusing:
         if not readers:
             taps = []
         elif taps is None:
-            taps = pairs_of((gm, example), known[0])
+            taps = pairs_of((gm, context.shapes), (known[0][0], seen[0]))
         mine = [resolve_tap(gm, tap, "student", context.history) for tap, _ in taps]
         values = [output_node(gm, example, output), *mine]
-        tapped = [TappedTeacher.of(*one, output, [tap for _, tap in taps]) for one in known]
+        names = [tap for _, tap in taps]
+        tapped = [TappedTeacher.of(*one, its, output, names) for one, its in zip(known, seen, strict=True)]
         specs = [context.shapes.spec(node) for node in values]
         theirs = [teacher.specs for teacher in tapped] or [tuple(specs[:1])]
         _check(name, specs, theirs, any(loss.reads == "outputs" for loss in losses))
@@ -100,7 +102,8 @@ class Fusing:
         holder = Distillation(tuple(asked.added)).train(gm.training)
         gm.add_module(HOLDER, holder)
         theirs = self._taught(holder, asked.last) if given is None else [given]
-        memory = Memory(gm, lambda node: node in self.context.shapes and _is_tensor(self.context, node))
+        known = self.context.shapes
+        memory = Memory(gm, lambda node: node in known and isinstance(known[node], TensorSpec))
         mine = [kept(node, memory) for node in self.values]
         values: dict[str, fx.Node] = {}
         weighted = []
@@ -162,10 +165,6 @@ def _sum(values: Sequence[fx.Node]) -> fx.Node:
     return reduce(lambda a, b: a.graph.call_function(operator.add, (a, b)), values)
 
 
-def _is_tensor(context: PassContext, node: fx.Node) -> bool:
-    return isinstance(context.shapes[node], TensorSpec)
-
-
 def _check_labels(name: str, context: PassContext) -> None:
     """An input of that name may be the student's own; one that it was recorded without must stay what it was."""
     assert context.example is not None, "the pass needs one"
@@ -218,10 +217,10 @@ class _Fitting:
         theirs = torch.Size(self.theirs[place].shape)
         resized = self._resized(mine, theirs, place) if place else None
         if isinstance(loss, FeatureMatching) and loss.channels is None:
-            width = theirs[-1 if len(theirs) == 3 else 1]
+            width = theirs[loss.channel_axis(len(theirs))]
             kept_ = kept_channels(self.values[place], self.context.shapes, self.context.history, width)
             if kept_ is not None:
-                loss = FeatureMatching(kept_, weight=loss.weight, name=loss.name)
+                loss = FeatureMatching(kept_, weight=loss.weight, name=loss.name, channel_dim=loss.channel_dim)
         spec = self.context.shapes.spec(self.values[place])
         prepared = loss.prepared(mine, resized or theirs).to(spec.device, spec.dtype)
         return Term(prepared, resized is not None)

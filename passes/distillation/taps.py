@@ -12,7 +12,6 @@ from fxcompress import matching
 from fxcompress.analysis.shapes import Shapes, TensorSpec, shapes
 from fxcompress.errors import UsageError
 from fxcompress.examples import as_example
-from fxcompress.pass_base import Example
 from fxcompress.report import PassRecord
 from fxcompress.scopes import end_of
 from fxcompress.trace import trace
@@ -128,15 +127,16 @@ def suggest_taps(
     example = as_example(example_inputs, example_kwargs)
     if example is None:
         raise UsageError("shapes of taps come from a run; pass `example_inputs`")
-    mine, theirs = (trace(n, example.args, example_kwargs=dict(example.kwargs)) for n in (student, teacher))
-    return pairs_of((mine, example), (theirs, example), most)
+    args, kwargs = example.args, dict(example.kwargs)
+    mine, theirs = (trace(network, args, example_kwargs=kwargs) for network in (student, teacher))
+    return pairs_of((mine, shapes(mine, args, kwargs)), (theirs, shapes(theirs, args, kwargs)), most)
 
 
 def pairs_of(
-    student: tuple[fx.GraphModule, Example], teacher: tuple[fx.GraphModule, Example], most: int = 4
+    student: tuple[fx.GraphModule, Shapes], teacher: tuple[fx.GraphModule, Shapes], most: int = 4
 ) -> list[tuple[str, str]]:
-    """What :func:`suggest_taps` says of graphs, each with inputs of its own."""
-    mine, theirs = (_candidates(gm, shapes(gm, e.args, dict(e.kwargs))) for gm, e in (student, teacher))
+    """What :func:`suggest_taps` says of graphs whose shapes are known."""
+    mine, theirs = _candidates(*student), _candidates(*teacher)
     common = [size for size in mine if size in theirs]
     if not common:
         raise UsageError(

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxcompress import editing
 from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.outputs import tensor_leaves
-from fxcompress.analysis.shapes import TensorSpec, shapes
+from fxcompress.analysis.shapes import Shapes, TensorSpec
 from fxcompress.errors import FxCompressError, PreconditionError, UsageError
 from fxcompress.examples import map_tensors
 from fxcompress.pass_base import Example
@@ -68,21 +68,22 @@ class TappedTeacher:
     writes: bool
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, example: Example, output: str | None, names: Sequence[str]) -> TappedTeacher:
+    def of(
+        cls, gm: fx.GraphModule, example: Example, known: Shapes, output: str | None, names: Sequence[str]
+    ) -> TappedTeacher:
         """From the graph of a teacher, which is changed.
 
         Args:
             gm: that graph.
             example: inputs of it.
+            known: its shapes.
             output: see :func:`output_node`.
             names: of the taps.
         """
         nodes = [output_node(gm, example, output), *(resolve_tap(gm, name, "teacher") for name in names)]
-        known = shapes(gm, example.args, dict(example.kwargs))
         memory = Memory(gm, lambda node: isinstance(known[node], TensorSpec))
         writes = any(n.op == "placeholder" and memory.writer_after(n) is not None for n in gm.graph.nodes)
-        end = next(node for node in gm.graph.nodes if node.op == "output")
-        end.args = (tuple(kept(node, memory) for node in nodes),)
+        gm.graph.output_node().args = (tuple(kept(node, memory) for node in nodes),)
         editing.clean_up(gm)
         return cls(gm, tuple(known.spec(node) for node in nodes), writes)
 

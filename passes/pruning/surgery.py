@@ -115,7 +115,7 @@ class Surgery:
             return {}
         last = isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding))
         stays = self.stays(x, len(x.shape) - 1 if last else 1)
-        return {} if stays.all() else {"kept": ranges(np.flatnonzero(stays).tolist())}
+        return {} if stays.all() else {"kept": _ranges(np.flatnonzero(stays).tolist())}
 
     def input_sizes(self, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape of the first argument of ``node``, before and after."""
@@ -220,7 +220,7 @@ def _sizes(module: nn.Module, new: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{k}_before": _plain(getattr(module, k)) for k in new} | {f"{k}_after": _plain(v) for k, v in new.items()}
 
 
-def ranges(numbers: Sequence[int]) -> str:
+def _ranges(numbers: Sequence[int]) -> str:
     """Ascending ``numbers`` as text: ``0-3,6``."""
     found: list[list[int]] = []
     for number in numbers:
