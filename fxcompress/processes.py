@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from torch import distributed
 
-__all__ = ["count", "gathered", "takes"]
+__all__ = ["alone", "count", "gathered", "takes"]
+
+_ALONE = ContextVar("_ALONE", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """For work that one process does while the others wait: nobody would answer it."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def count() -> int:
-    """How many there are; 1 if it is not at work."""
+    """How many work together; 1 if ``torch.distributed`` is not at work, or inside :func:`alone`."""
+    if _ALONE.get():
+        return 1
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 

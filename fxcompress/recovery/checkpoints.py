@@ -129,15 +129,11 @@ class Checkpoints:
     def save_graph(self, stage: int, gm: fx.GraphModule) -> None:
         """Write the graph that a stage of a gradual compression starts with; only the main process calls this."""
         final, partial = self._folder / f"stage-{stage}", self._folder / f"{_PARTIAL}stage-{stage}"
-
-        def write() -> None:
+        with reported(partial):
             _remove(final)
             partial.mkdir()
             torch.save(gm, partial / "graph.pt")
             _publish(partial, final, json.dumps(self._options))
-
-        with reported(partial):
-            write()
 
     def load_graph(self, stage: int) -> fx.GraphModule:
         """The graph that :meth:`save_graph` wrote. It is a pickle: load only what you wrote yourself."""

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.optim import Optimizer
 
+from fxcompress import processes
 from fxcompress.errors import RecoveryError
 from fxcompress.progress import Event, Progress
 from fxcompress.recovery.batches import Share
@@ -159,20 +160,18 @@ class Training:
         loss, terms = self.prepared(batch.inputs.args, dict(batch.inputs.kwargs), batch.labels)
         # The processes' gradients are averaged, so the weights, which sum to 1, are of the number of processes.
         accelerator.backward(loss * (share.weight * accelerator.num_processes))
-        total, parts = self._over_all(
-            {"loss": loss.detach(), **{f"term {k}": v for k, v in terms.items()}}, share.weight
-        )
+        total, parts = self._over_all(loss, terms, share.weight)
         norm = float(accelerator.clip_grad_norm_(self.prepared.parameters(), self._settings.max_norm or math.inf))
         self._check(step, {"the loss": total, **{f"the term {name!r}": value for name, value in parts.items()}}, norm)
         self._optimizer.step()
         return total, parts
 
-    def _over_all(self, values: dict[str, Any], weight: float) -> tuple[float, dict[str, float]]:
-        """The mean of each value over the whole batch."""
-        packed = torch.stack([torch.as_tensor(v).detach().float().reshape(()) for v in values.values()])
-        packed = packed.to(self._accelerator.device) * weight if weight else torch.zeros_like(packed)
-        total, *parts = self._accelerator.reduce(packed.to(self._accelerator.device)).tolist()
-        return total, dict(zip((name.removeprefix("term ") for name in [*values][1:]), parts, strict=True))
+    def _over_all(self, loss: torch.Tensor, terms: dict[str, Any], weight: float) -> tuple[float, dict[str, float]]:
+        """The mean of the loss and of each term over the whole batch."""
+        values = [torch.as_tensor(value).detach().float().reshape(()) for value in (loss, *terms.values())]
+        packed = torch.stack(values).to(self._accelerator.device)
+        total, *parts = self._accelerator.reduce(packed * weight if weight else torch.zeros_like(packed)).tolist()
+        return total, dict(zip(terms, parts, strict=True))
 
     def _check(self, step: int, values: dict[str, float], norm: float) -> None:
         bad = [f"{what} is {value}" for what, value in values.items() if not math.isfinite(value)]
@@ -201,7 +200,8 @@ class Training:
             return None
         with self._norms.suspended():
             student = self._student(self.prepared)
-        found = float(self._outside.evaluate(student)) if self._accelerator.is_main_process else None
+        with processes.alone():
+            found = float(self._outside.evaluate(student)) if self._accelerator.is_main_process else None
         self._accelerator.wait_for_everyone()
         return found
 

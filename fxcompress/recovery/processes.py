@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcompress import processes
 from fxcompress.errors import UsageError
 
 __all__ = ["an_accelerator", "from_main", "shards"]
@@ -74,7 +75,8 @@ def from_main(accelerator: Any, make: Callable[[], fx.GraphModule]) -> fx.GraphM
     found: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            found = [pickle.dumps(make())]
+            with processes.alone():
+                found = [pickle.dumps(make())]
         except Exception as error:  # the other processes wait: they must hear of it
             found = [error]
     (result,) = broadcast_object_list(found)

@@ -111,6 +111,14 @@ def gradual() -> State:
     return state(train(network(), batches(7, 5, 8), steps=20, gradual=plan))
 
 
+def calibrated() -> State:
+    """The main process compresses alone, and must not wait for what the others saw of the data."""
+    data = batches(7, 5, 8)
+    factory = functools.partial(PruneChannels, importance="activation")
+    plan = Gradual(factory, 0.0, 0.5, 2, calibration=[x for x, _ in data])
+    return state(train(network(), data, steps=20, gradual=plan))
+
+
 def not_a_number() -> State:
     """Only the last process sees the bad sample, and all must stop."""
     data = batches(8, 8, 8)
@@ -121,7 +129,8 @@ def not_a_number() -> State:
 
 
 SAME: dict[str, Callable[[], State]] = {
-    f.__name__: f for f in (uneven, loaded, streamed, norms, averaged, frozen, distilled, gradual, not_a_number)
+    f.__name__: f
+    for f in (uneven, loaded, streamed, norms, averaged, frozen, distilled, gradual, calibrated, not_a_number)
 }
 
 

@@ -51,7 +51,7 @@ def check(folder: Path, world: int, wanted: dict[str, State]) -> None:
 
 
 def test_two_processes_are_as_one(tmp_path: Path) -> None:
-    names = ("uneven", "loaded", "norms", "distilled", "not_a_number")
+    names = ("uneven", "loaded", "norms", "distilled", "calibrated", "not_a_number")
     wanted = {name: SAME[name]() for name in names}
     # One process begins what two end, and the other way round.
     wanted["ended"] = interrupted(str(tmp_path / "whole"), None).state_dict()
