@@ -13,6 +13,7 @@ from fxcompress.errors import (
     PassError,
     PreconditionError,
     RecoveryError,
+    SerializationError,
     TraceError,
     UsageError,
     VerificationError,
@@ -32,6 +33,8 @@ from fxcompress.pipeline import PassPlan, Plan, compile, plan
 from fxcompress.recovery import Gradual, Rewound, Schedule, recover
 from fxcompress.registry import registered_passes
 from fxcompress.report import PassRecord, Report, report
+from fxcompress.serialization import load, save
+from fxcompress.storable import storable
 from fxcompress.trace import trace
 
 __all__ = [
@@ -54,16 +57,20 @@ __all__ = [
     "Report",
     "Rewound",
     "Schedule",
+    "SerializationError",
     "Site",
     "TraceError",
     "UsageError",
     "VerificationError",
     "__version__",
     "compile",
+    "load",
     "plan",
     "recover",
     "registered_passes",
     "report",
+    "save",
+    "storable",
     "trace",
 ]
 

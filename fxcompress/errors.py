@@ -8,6 +8,7 @@ __all__ = [
     "PassError",
     "PreconditionError",
     "RecoveryError",
+    "SerializationError",
     "TraceError",
     "TraceWarning",
     "UsageError",
@@ -41,6 +42,10 @@ class VerificationError(FxCompressError):
 
 class RecoveryError(FxCompressError):
     """Training cannot go on: a loss that is not finite, a checkpoint that cannot be written or read."""
+
+
+class SerializationError(FxCompressError):
+    """A graph holds what cannot be saved, or a saved one is damaged, of a later version, or calls what it may not."""
 
 
 class TraceWarning(UserWarning):

@@ -1,4 +1,8 @@
-"""Modules that this package puts into graphs because ``torch.nn`` has none for the purpose."""
+"""Modules that this package puts into graphs because ``torch.nn`` has none for the purpose.
+
+Those that run code of the model's own (``AutogradCall``, ``MethodCall``, ``Refill``) are not storable: who loads a
+graph with them has to trust them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fxcompress.storable import storable
 
 __all__ = [
     "AutogradCall",
@@ -19,6 +25,7 @@ __all__ = [
 ]
 
 
+@storable
 class ScaledDotProductAttention(nn.Module):
     """``torch.nn.functional.scaled_dot_product_attention`` whose dropout obeys ``train()`` and ``eval()``.
 
@@ -40,6 +47,7 @@ class ScaledDotProductAttention(nn.Module):
         return f"dropout={self.dropout}"
 
 
+@storable
 class MultiHeadAttentionForward(nn.Module):
     """``torch.nn.functional.multi_head_attention_forward`` whose dropout obeys ``train()`` and ``eval()``; it stands
     where the call has no explicit form."""
@@ -126,6 +134,7 @@ def _step_to(value: Any, path: tuple[tuple[str, Any], ...]) -> Any:
     return value
 
 
+@storable
 class GroupedLinear(nn.Module):
     """A linear layer without bias whose features fall into groups, as the channels of a grouped convolution do.
 

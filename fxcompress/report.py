@@ -20,9 +20,21 @@ from torch import fx, nn
 
 from fxcompress.errors import UsageError
 
-__all__ = ["PassRecord", "RefusalRecord", "Report", "SiteRecord", "Total", "attach", "detach", "plain", "report"]
+__all__ = [
+    "CARRIER",
+    "PassRecord",
+    "RefusalRecord",
+    "Report",
+    "SiteRecord",
+    "Total",
+    "attach",
+    "detach",
+    "plain",
+    "report",
+]
 
-_CHILD = "_fxcompress_report"
+CARRIER = "_fxcompress_report"
+"""The name of the child that holds a report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,15 +291,15 @@ class _Carrier(nn.Module):
 
 def attach(gm: fx.GraphModule, contents: Report) -> None:
     """Give ``gm`` its report, in place of the one it had."""
-    setattr(gm, _CHILD, _Carrier(contents).train(gm.training))
+    setattr(gm, CARRIER, _Carrier(contents).train(gm.training))
 
 
 def detach(gm: fx.GraphModule) -> Report | None:
     """Take the report of ``gm`` away and return it, if there is one."""
-    carrier = getattr(gm, _CHILD, None)
+    carrier = getattr(gm, CARRIER, None)
     if not isinstance(carrier, _Carrier):
         return None
-    delattr(gm, _CHILD)
+    delattr(gm, CARRIER)
     return carrier.contents
 
 
@@ -297,7 +309,7 @@ def report(gm: nn.Module) -> Report:
     Raises:
         UsageError: ``gm`` has no history.
     """
-    carrier = getattr(gm, _CHILD, None)
+    carrier = getattr(gm, CARRIER, None)
     if not isinstance(carrier, _Carrier):
         raise UsageError(
             f"this {type(gm).__name__} has no report: it does not come from fxcompress.compile, or a tool that drops "

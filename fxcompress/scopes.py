@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
+from fxcompress.storable import storable
+
 __all__ = ["SCOPES", "end_of", "remember_ends"]
 
 SCOPES = "_fxcompress_scopes"
 """A child without parameters that no node calls: ``torch.fx`` carries such children through copies and pickles."""
 
 
+@storable
 class _Scopes(nn.Module):
     """Name and target of the last node of each module, by path."""
 

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcompress.storable import storable
+
 __all__ = ["check_input"]
 
 
+@storable
 def check_input(value: Any, expected: Any, name: str) -> Any:
     """Raise if ``value`` is not what the graph was recorded for.
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from fxcompress.errors import UsageError
 from fxcompress.passes.distillation.loss_base import Common, DistillationLoss, distance, mean_square, real, unit
+from fxcompress.storable import storable
 
 __all__ = ["FactorTransfer"]
 
 
+@storable
 class FactorTransfer(DistillationLoss):
     """The teacher's features in other words (Kim, Park and Kwak 2018, arXiv 1802.04977, section 3).
 

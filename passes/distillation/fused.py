@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import UsageError
 from fxcompress.passes.distillation.losses import DistillationLoss
+from fxcompress.storable import storable
 
 __all__ = ["ADDED", "GIVEN", "HOLDER", "LABELS", "Distillation", "Teacher", "Term", "holder_of"]
 
@@ -21,6 +22,7 @@ LABELS, GIVEN = ADDED = ("labels", "teacher_output")
 """Inputs that may be added to it."""
 
 
+@storable
 class Distillation(nn.Module):
     """Holds the teacher and the terms.
 
@@ -40,6 +42,7 @@ def holder_of(gm: nn.Module) -> Distillation | None:
     return found if isinstance(found, Distillation) else None
 
 
+@storable
 class Teacher(nn.Module):
     """One network, or several whose outputs are averaged, that are never trained.
 
@@ -77,6 +80,7 @@ class Teacher(nn.Module):
             return tuple(sum(parts[1:], parts[0]) / len(parts) for parts in zip(*found, strict=True))
 
 
+@storable
 class Term(nn.Module):
     """A loss at one pair of values.
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fxcompress.errors import UsageError
 from fxcompress.passes.distillation.factor_transfer import FactorTransfer
 from fxcompress.passes.distillation.loss_base import Common, DistillationLoss, distance, mean_square, real, unit
+from fxcompress.storable import storable
 
 __all__ = [
     "AttentionTransfer",
@@ -66,6 +67,7 @@ class _Logits(DistillationLoss):
         return labels.long()
 
 
+@storable
 class SoftTargets(_Logits):
     """The teacher's softened distribution, and labels if wanted (Hinton, Vinyals and Dean 2015, arXiv 1503.02531).
 
@@ -103,6 +105,7 @@ class SoftTargets(_Logits):
         return soft + (1 - self.alpha) * F.cross_entropy(student, self._classes(labels, student))
 
 
+@storable
 class DecoupledKD(_Logits):
     """Soft targets in two parts (Zhao et al. 2022, arXiv 2203.08679, section 3).
 
@@ -153,6 +156,7 @@ class DecoupledKD(_Logits):
         return b, F.log_softmax(others, 1).masked_fill(is_target, 0.0)
 
 
+@storable
 class AttentionTransfer(DistillationLoss):
     """Where a network looks (Zagoruyko and Komodakis 2017, arXiv 1612.03928, equation 2).
 
@@ -182,6 +186,7 @@ class AttentionTransfer(DistillationLoss):
         return distance(of_student, of_teacher, 2)
 
 
+@storable
 class Hint(DistillationLoss):
     """The teacher's features (FitNets, Romero et al. 2015, arXiv 1412.6550, equation 3).
 
@@ -207,6 +212,7 @@ class Hint(DistillationLoss):
         return mean_square(student, teacher)
 
 
+@storable
 class FeatureMatching(DistillationLoss):
     """The teacher's features where the student kept some of its channels, as after pruning.
 
@@ -242,6 +248,7 @@ class FeatureMatching(DistillationLoss):
         return super().extra_repr() + ("" if self.channels is None else f", channels={len(self.channels)} indices")
 
 
+@storable
 class SimilarityPreserving(DistillationLoss):
     """Which samples are alike (Tung and Mori 2019, arXiv 1907.09682, equations 2 to 4).
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.vocabulary import PerTensor
+from fxcompress.storable import storable
 
 __all__ = ["FakeQuantizer", "WeightFakeQuantizer"]
 
@@ -91,6 +92,7 @@ class _Fake(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
 
+@storable
 class FakeQuantizer(_Fake):
     """Rounds a value to one scale.
 
@@ -117,6 +119,7 @@ class FakeQuantizer(_Fake):
         return f"{self.grid.low} to {self.grid.high}, zero_point={self.zero_point}, learned={self.learned}"
 
 
+@storable
 class WeightFakeQuantizer(_Fake):
     """Rounds a weight: one scale for all of it, for each index along a dimension, or for each group of a row.
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import UsageError
+from fxcompress.storable import storable
 
 __all__ = ["Grid"]
 
 _DTYPES = {8: (torch.uint8, torch.int8), 16: (torch.uint16, torch.int16)}
 
 
+@storable
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """The integers from ``low`` to ``high``, kept in tensors of ``dtype``."""

@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, dequantize_channels, quantize
+from fxcompress.storable import storable
 
 __all__ = ["Int8Conv", "Int8Layer", "Int8Linear", "IntegerLayer", "PostOp", "max_pool2d", "to_uint8", "unavailable"]
 
@@ -34,6 +35,7 @@ def unavailable() -> str | None:
     return None
 
 
+@storable
 @dataclasses.dataclass(frozen=True)
 class PostOp:
     """What a kernel does to its result before it rounds it: the name, numbers and variant that oneDNN knows it by."""
@@ -164,6 +166,7 @@ class Int8Layer(IntegerLayer):
         return ", ".join(parts + ["adds"] * self.adds + ["real output"] * (self.made is None))
 
 
+@storable
 class Int8Conv(Int8Layer):
     """A convolution of two dimensions on integers.
 
@@ -199,6 +202,7 @@ class Int8Conv(Int8Layer):
         return F.conv2d(x, weight, self.bias, *self._sizes)
 
 
+@storable
 class Int8Linear(Int8Layer):
     """A linear layer on integers. Arguments are those of :class:`Int8Layer`."""
 
@@ -222,6 +226,7 @@ class Int8Linear(Int8Layer):
 
 
 # ------------------------------------------------------------------------------------------------- between layers
+@storable
 def to_uint8(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
     """``x`` as integers from ``low`` to ``high``, in three steps where the operator takes five; halves are rounded up.
 
@@ -246,6 +251,7 @@ def to_uint8(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> T
     return shifted.clamp_(low, high + 0.5).to(torch.uint8)
 
 
+@storable
 def max_pool2d(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor:

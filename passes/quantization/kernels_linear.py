@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.kernels import Int8Linear, IntegerLayer, PostOp, to_uint8
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize_groups, dynamically
+from fxcompress.storable import storable
 
 __all__ = ["DynamicInt8Linear", "WeightOnlyLinear", "unfit"]
 
@@ -25,6 +26,7 @@ _INT4_GROUPS = (32, 64, 128, 256)
 _INT4_MIDDLE = 8  # the int4 kernel's integers are unsigned
 
 
+@storable
 class DynamicInt8Linear(Int8Linear):
     """A linear layer that rounds what it reads to a scale of its own in each call.
 
@@ -56,6 +58,7 @@ class DynamicInt8Linear(Int8Linear):
         return self.post(F.linear(dynamically(x, self.given.grid), self.reals(), self.bias))
 
 
+@storable
 class WeightOnlyLinear(IntegerLayer):
     """A linear layer that reads a quarter or an eighth of the bytes of its weight, and real numbers.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.passes.quantization.grid import Grid
+from fxcompress.storable import storable
 
 __all__ = [
     "REAL_DTYPES",
@@ -48,6 +49,7 @@ _PER_CHANNEL = _OPS.dequantize_per_channel.default
 _PER_GROUP = _OPS.dequantize_per_channel_group.default
 
 
+@storable
 @dataclasses.dataclass(frozen=True)
 class PerTensor:
     """One scale for a whole tensor: a real x is ``scale * (q - zero_point)``, with q on ``grid``."""
