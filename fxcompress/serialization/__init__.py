@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import fx
 
 from fxcompress.errors import SerializationError, UsageError
@@ -26,7 +25,7 @@ from fxcompress.serialization.files import read_json, read_limited, whole_direct
 from fxcompress.serialization.graphs import ArgumentWriter
 from fxcompress.serialization.modules import ModuleReader, ModuleWriter
 from fxcompress.serialization.stand_ins import StandIn
-from fxcompress.serialization.tensors import TensorReader, TensorWriter
+from fxcompress.serialization.tensors import TensorReader, TensorWriter, write_safetensors
 from fxcompress.serialization.values import damaged, shown
 from fxcompress.serialization.vocabulary import Trusted, Vocabulary
 
@@ -76,7 +75,7 @@ def write(gm: fx.GraphModule, folder: Path) -> None:
     }
     data = json.dumps(graph, allow_nan=False, separators=(",", ":")).encode()
     (folder / GRAPH_FILE).write_bytes(data)
-    save_file(stored, folder / WEIGHTS_FILE, metadata={_DIGEST: hashlib.sha256(data).hexdigest()})
+    write_safetensors(folder / WEIGHTS_FILE, stored, {_DIGEST: hashlib.sha256(data).hexdigest()})
     if hasattr(gm, CARRIER):
         (folder / REPORT_FILE).write_text(report(gm).to_json() + "\n", encoding="utf-8")
 

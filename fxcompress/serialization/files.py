@@ -101,13 +101,13 @@ def read_limited(path: Path, most: int = LARGEST_JSON) -> bytes:
         SerializationError: it is not there, or larger.
     """
     try:
+        size = path.stat().st_size
+        if not path.is_file() or size > most:
+            raise SerializationError(f"{path} is no file, or has more than {most} bytes, which none of its kind has")
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            return file.read(size)  # reading with a limit would take memory for the limit
     except OSError as error:
         raise SerializationError(f"{path} cannot be read: {error}") from error
-    if len(data) > most:
-        raise SerializationError(f"{path} has more than {most} bytes, which no file of its kind has")
-    return data
 
 
 def read_json(data: bytes, name: str) -> Any:

@@ -153,6 +153,7 @@ class GraphReader(ValueReader):
         super().__init__(vocabulary)
         self._root, self._stand_ins = root, stand_ins
         self._nodes: dict[str, fx.Node] = {}
+        self._ended = False
         self._kinds["node"] = self._node
         for kind in ("record", "instance", "member", "set", "frozenset"):
             del self._kinds[kind]
@@ -168,7 +169,7 @@ class GraphReader(ValueReader):
         graph = fx.Graph()
         for number, entry in enumerate(data["nodes"]):
             self._add(graph, entry, f"node {number}")
-        if not self._nodes or next(reversed(graph.nodes)).op != "output":
+        if not self._ended:
             raise damaged("graph", "no output at the end")
         if "pytree" in data:
             graph.set_codegen(_PyTreeCodeGen(self._pytree(data["pytree"])))
@@ -182,9 +183,8 @@ class GraphReader(ValueReader):
         if not _is_name(entry.get("name")) or name in self._nodes:
             raise damaged(where, f"{shown(name)} is no name, or that of another node")
         where = f"node {name!r}"
-        late = op == "placeholder" and any(n.op != "placeholder" for n in self._nodes.values())
-        if late or any(n.op == "output" for n in self._nodes.values()):
-            raise damaged(where, f"a node {op} at this place")
+        if self._ended:
+            raise damaged(where, "a node after the output")
         args = tuple(self._parts(entry.get("args", []), where))
         kwargs = self._keywords(entry.get("kwargs", {}), where)
         if op in ("placeholder", "output", "get_attr"):
@@ -197,6 +197,7 @@ class GraphReader(ValueReader):
         if node.name != name:
             node.name = name  # torch.fx renames what looks like a builtin; in code that it made itself it does not
         self._nodes[name] = node
+        self._ended = op == "output"
 
     def _keywords(self, data: Json, where: str) -> dict[str, Any]:
         if not isinstance(data, dict) or not all(_is_name(k) for k in data):

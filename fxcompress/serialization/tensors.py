@@ -3,10 +3,15 @@
 Tensors that share memory (tied weights under two ``Parameter`` objects, a buffer that is a view of another) share it
 again when they are read: the bytes that they lie in are stored once. Reading maps the file into memory; nothing is
 copied before it is written to.
+
+The file is written here and not by the library, for alignment: kernels take other paths for data that does not begin at
+a multiple of 64 bytes, as memory of PyTorch does, and their results differ by rounding. What can be aligned is, as
+far as a format without gaps allows; the rest is copied when it is read if it is small.
 """
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +25,21 @@ from fxcompress.analysis.storage import extent, memory_blocks
 from fxcompress.errors import SerializationError
 from fxcompress.serialization.values import Json, damaged, shown
 
-__all__ = ["TensorReader", "TensorWriter"]
+__all__ = ["TensorReader", "TensorWriter", "write_safetensors"]
 
-_STORED = {
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool, torch.complex64,
-    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
-}  # fmt: skip
 _AS_OTHERS = {torch.complex128: torch.float64}
-_WORDS = {str(dtype)[len("torch.") :]: dtype for dtype in (*_STORED, *_AS_OTHERS)}
 _FIELDS = frozenset(("crc32", "dtype", "key", "offset", "order", "parameter", "requires_grad", "shape", "strides"))
 _CHUNK = 1 << 22
+_ALIGNMENT = 64
+_SMALL = 1 << 20
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}  # fmt: skip
+_WORDS = {str(dtype)[len("torch.") :]: dtype for dtype in (*_CODES, *_AS_OTHERS)}
 
 
 class TensorWriter:
@@ -151,6 +160,32 @@ def _checksum(tensor: Tensor) -> int:
     return total
 
 
+def write_safetensors(path: Path, stored: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A file in the format of safetensors 0.x, tensor by tensor.
+
+    Args:
+        path: where to.
+        stored: contiguous tensors on the CPU.
+        metadata: for the header.
+    """
+    sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in stored.items()}
+    # Elements must lie at multiples of their size; whole multiples of the alignment first, then by size of element.
+    order = sorted(stored, key=lambda key: (sizes[key] % _ALIGNMENT != 0, -stored[key].element_size(), key))
+    header: dict[str, Json] = {"__metadata__": metadata}
+    end = 0
+    for key in order:
+        start, end = end, end + sizes[key]
+        code, shape = _CODES[stored[key].dtype], list(stored[key].shape)
+        header[key] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            for part in _bytes_of(stored[key]):
+                file.write(part)
+
+
 class TensorReader:
     """Makes tensors from a mapped file, each once.
 
@@ -230,6 +265,8 @@ class TensorReader:
             except (SafetensorError, OSError, RuntimeError, ValueError) as error:
                 raise SerializationError(f"{where} cannot be read from {self._path}: {error}") from error
             self._checked[key] = _checksum(found) if self._check else -1
+            if found.data_ptr() % _ALIGNMENT and found.numel() * found.element_size() <= _SMALL:
+                found = found.clone()
             self._stored[key] = found if self._device.type == "cpu" else found.to(self._device)
         if self._check and self._checked[key] != crc:
             raise SerializationError(f"{where} is not what was saved (its checksum differs): {self._path} is damaged")

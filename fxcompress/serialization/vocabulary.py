@@ -153,7 +153,7 @@ def _operator(name: str) -> Any:
     if match is None or match[1] not in _NAMESPACES or match[2] in _READS_FILES or match[2].startswith("__"):
         return None
     if match[1] == "quantized_decomposed":
-        import torch.ao.quantization.fx._decomposed
+        registered_passes()  # the module that registers these operators is imported by the pass that uses them
     packet = getattr(getattr(torch.ops, match[1]), match[2], None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return None
@@ -200,7 +200,7 @@ class Vocabulary:
             self._trusted = dict(trusted)
         else:
             self._trusted = dict(_named(item) for item in ([trusted] if isinstance(trusted, str) else trusted))
-        self._stored: dict[str, Any] | None = None
+        self._imported = False
 
     def find(self, name: Any) -> Any:
         """What ``name`` means; ``None`` if it is not allowed."""
@@ -221,12 +221,10 @@ class Vocabulary:
         return any(value is item for item in self._trusted.values())
 
     def _storable(self, name: str) -> Any:
-        if self._stored is None or name not in self._stored:
-            self._stored = stored_names()
-        if name not in self._stored:
+        if name not in stored_names() and not self._imported:
+            self._imported = True
             registered_passes()  # imports them
-            self._stored = stored_names()
-        return self._stored.get(name)
+        return stored_names().get(name)
 
 
 def _named(item: Any) -> tuple[str, Any]:
