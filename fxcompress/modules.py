@@ -22,6 +22,7 @@ __all__ = [
     "MultiHeadAttentionForward",
     "Refill",
     "ScaledDotProductAttention",
+    "StochasticDepth",
 ]
 
 
@@ -45,6 +46,37 @@ class ScaledDotProductAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
+
+
+@storable
+class StochasticDepth(nn.Module):
+    """Drops whole residual branches in training mode (Huang et al. 2016, arXiv 1603.09382); the identity otherwise.
+
+    Args:
+        p: probability that a branch is dropped.
+        scale: divide what stays by ``1 - p``, so that the mean is kept.
+        whole: one draw for the batch instead of one for each sample.
+        floored: draw uniform numbers and round ``1 - p`` plus these down, as Hugging Face does (``scale`` is meant).
+    """
+
+    def __init__(self, p: float, scale: bool = True, whole: bool = False, floored: bool = False) -> None:
+        super().__init__()
+        self.p, self.scale, self.whole, self.floored = p, scale, whole, floored
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``, of shape ``(N, ...)``, with samples or all of it zeroed."""
+        if not self.training or self.p == 0.0:
+            return x
+        shape = [1 if self.whole else x.shape[0]] + [1] * (x.dim() - 1)
+        if self.floored:
+            return x.div(1.0 - self.p) * (1.0 - self.p + torch.rand(shape, dtype=x.dtype, device=x.device)).floor_()
+        kept = x.new_empty(shape).bernoulli_(1.0 - self.p)
+        if self.scale and self.p < 1.0:
+            kept.div_(1.0 - self.p)
+        return x * kept
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, scale={self.scale}, whole={self.whole}, floored={self.floored}"
 
 
 @storable

@@ -27,11 +27,14 @@ from fxcompress import editing, matching
 from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.analysis.sizes import Sizes, reshape_arguments
+from fxcompress.modules import StochasticDepth
 from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site
 
 __all__ = ["RemoveIdentity"]
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, StochasticDepth,
+)  # fmt: skip
 _DROPOUT_CALLS = {  # whether the function is in training mode if the call does not say
     "dropout": True, "dropout1d": True, "dropout2d": True, "dropout3d": True,
     "alpha_dropout": False, "feature_alpha_dropout": False,

@@ -21,6 +21,7 @@ from fxcompress import editing
 from fxcompress.canonical.attention import expand_attention
 from fxcompress.canonical.layers import Layers, TrainingUse
 from fxcompress.canonical.rules import RULES, Rule, arguments, matmul
+from fxcompress.canonical.stochastic_depth import adopt_stochastic_depth
 from fxcompress.modules import MultiHeadAttentionForward
 
 __all__ = ["TrainingUse", "canonicalize"]
@@ -46,6 +47,8 @@ def canonicalize(gm: fx.GraphModule, uses: Mapping[fx.Node, TrainingUse] | None 
                 _apply(layers, node, rule, use)
         elif node.op == "call_method" and node.target == "matmul":
             _apply(layers, node, matmul, use)
+        elif node.op == "call_module":
+            adopt_stochastic_depth(gm, node)
     editing.clean_up(gm)
 
 

@@ -25,6 +25,7 @@ from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.running import undisturbed
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.editing import is_inplace
+from fxcompress.modules import StochasticDepth
 from fxcompress.pass_base import PassContext
 from fxcompress.passes.quantization.vocabulary import REAL_DTYPES
 
@@ -58,6 +59,7 @@ _PADDING_MODULES: tuple[type[Any], ...] = (
 )  # fmt: skip
 _IDLE_MODULES = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    StochasticDepth,
 )  # fmt: skip
 _ACTIVATIONS = frozenset("relu relu6 hardtanh hardswish silu gelu tanh leaky_relu clamp".split())
 _ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.Tanh, nn.LeakyReLU)
