@@ -274,7 +274,7 @@ class ModuleReader(ValueReader):
         gm.__dict__["training"] = root.training
         try:
             gm.graph = graph
-        except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
+        except Exception as error:  # whatever the code generator of torch.fx stumbles over
             raise damaged(where, f"its nodes give no code ({type(error).__name__}: {error})") from error
         return gm
 

@@ -12,8 +12,10 @@ far as a format without gaps allows; the rest is copied when it is read if it is
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,7 @@ class TensorReader:
         """
         if not isinstance(entries, list):
             raise damaged("tensors", "no list")
+        self._map({str(entry.get("key")) for entry in entries if isinstance(entry, dict)} & self._keys)
         for number, entry in enumerate(entries):
             where = f"tensor {number}"
             if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
@@ -256,22 +259,27 @@ class TensorReader:
             raise damaged(where, f"{dtype} has no gradients")
         return nn.Parameter(value, requires_grad=needs) if entry.get("parameter") else value.requires_grad_(needs)
 
+    def _map(self, keys: Set[str]) -> None:
+        """Map what is stored under ``keys``, and take its checksums."""
+        try:
+            found: dict[str, Tensor] = {key: self._file.get_tensor(key) for key in sorted(keys)}
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise SerializationError(f"{self._path} cannot be read: {error}") from error
+        if self._check:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                self._checked = dict(zip(found, pool.map(_checksum, found.values()), strict=True))
+        for key, tensor in found.items():
+            small = tensor.numel() * tensor.element_size() <= _SMALL
+            aligned = tensor.clone() if small and tensor.data_ptr() % _ALIGNMENT else tensor
+            self._stored[key] = aligned if self._device.type == "cpu" else aligned.to(self._device)
+
     def _stored_tensor(self, key: str, crc: Json, where: str) -> Tensor:
         if key not in self._keys:
             raise damaged(where, f"{self._path.name} does not hold it")
-        if key not in self._stored:
-            try:
-                found = self._file.get_tensor(key)
-            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-                raise SerializationError(f"{where} cannot be read from {self._path}: {error}") from error
-            self._checked[key] = _checksum(found) if self._check else -1
-            if found.data_ptr() % _ALIGNMENT and found.numel() * found.element_size() <= _SMALL:
-                found = found.clone()
-            self._stored[key] = found if self._device.type == "cpu" else found.to(self._device)
+        found = self._stored[key]
         if self._check and self._checked[key] != crc:
             raise SerializationError(f"{where} is not what was saved (its checksum differs): {self._path} is damaged")
-        # Each tensor of a table is an object of its own; those of one key share memory.
-        return self._stored[key].detach()
+        return found.detach()  # an object of its own; those of one key share memory
 
     def _seen(self, whole: Tensor, shape: list[int], entry: dict[str, Json], where: str) -> Tensor:
         strides, offset = _sizes(entry["strides"], where), entry.get("offset")

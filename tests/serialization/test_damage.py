@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -184,11 +183,11 @@ def _structural_damage(rng: random.Random, graph: Any) -> Any:
         elif kind == 4 and isinstance(owner, dict):
             owner[rng.choice(_EVIL)] = owner.pop(key)
         elif kind == 5 and isinstance(owner, list):
-            owner.insert(key, copy.deepcopy(owner[key]))
+            owner.insert(key, json.loads(json.dumps(owner[key])))
         elif isinstance(owner[key], bool | int):
             owner[key] = rng.choice(_NUMBERS)
         elif isinstance(other_owner, dict) and other_key in other_owner:
-            owner[key] = copy.deepcopy(other_owner[other_key])
+            owner[key] = json.loads(json.dumps(other_owner[other_key]))
     return graph
 
 
