@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +23,7 @@ import fxcompress
 from fxcompress import demo
 from fxcompress.cli_arguments import INTEGER_INPUTS_BELOW, parse_input, read_dtype, resolve_model, split_passes
 from fxcompress.errors import FxCompressError, UsageError
+from fxcompress.files import atomically, write_text
 from fxcompress.report import Report
 
 __all__ = ["main"]
@@ -37,23 +36,6 @@ torch.export.load("{MODEL_FILE}").module(), with neither fxcompress nor the mode
 pass did; print it by `fxcompress report DIR`). Example inputs are random: normal for floating types, integers from
 0 to {INTEGER_INPUTS_BELOW - 1} for integer types.
 """
-
-
-@contextlib.contextmanager
-def _atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place only when the block succeeds."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error}") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -90,7 +72,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         )
     print(result)
     if arguments.json:
-        _write_text(arguments.json, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_text(arguments.json, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
 def _export(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
@@ -150,8 +132,8 @@ def _compress(arguments: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error}") from error
-    _write_text(out / REPORT_FILE, report.to_json() + "\n")
-    with _atomically(out / MODEL_FILE) as path:
+    write_text(out / REPORT_FILE, report.to_json() + "\n")
+    with atomically(out / MODEL_FILE) as path:
         torch.export.save(_export(gm, inputs), path)
     print(f"wrote {out / MODEL_FILE} and {out / REPORT_FILE}")
 
