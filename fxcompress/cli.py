@@ -1,4 +1,4 @@
-"""The command line: ``fxcompress demo``, ``fxcompress compress`` and ``fxcompress report``.
+"""The command line: ``fxcompress demo``, ``fxcompress compress``, ``fxcompress report`` and ``fxcompress compare``.
 
 Exit code 0 for success and 2 for a mistake in the call or a refusal by fxcompress, which is told in one line on
 stderr; ``--debug`` shows the traceback instead.
@@ -25,6 +25,7 @@ from fxcompress.cli_arguments import INTEGER_INPUTS_BELOW, parse_input, read_dty
 from fxcompress.errors import FxCompressError, UsageError
 from fxcompress.files import atomically, write_text
 from fxcompress.report import Report
+from fxcompress.reporting import compare
 
 __all__ = ["main"]
 
@@ -138,13 +139,31 @@ def _compress(arguments: argparse.Namespace) -> None:
     print(f"wrote {out / MODEL_FILE} and {out / REPORT_FILE}")
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    path: Path = arguments.dir / REPORT_FILE if arguments.dir.is_dir() else arguments.dir
+def _read_report(place: Path) -> Report:
+    """The report in the directory, or in the file, at ``place``."""
+    path = place / REPORT_FILE if place.is_dir() else place
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"there is no readable report at {path}: {error}") from error
-    print(Report.from_dict(data))
+    return Report.from_dict(data)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    report = _read_report(arguments.dir)
+    print(report)
+    if arguments.html:
+        report.to_html(arguments.html)
+        print(f"wrote {arguments.html}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    first, second = (_read_report(place).to_dict() for place in (arguments.first, arguments.second))
+    comparison = compare(first, second, (str(arguments.first), str(arguments.second)))
+    print(comparison)
+    if arguments.html:
+        comparison.to_html(arguments.html)
+        print(f"wrote {arguments.html}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,7 +184,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_compress(compress)
     report = commands.add_parser("report", parents=[common], help="print the report of an earlier `compress`")
     report.add_argument("dir", type=Path, metavar="DIR", help="what `compress --out` wrote, or the report file itself")
+    report.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page for a browser")
     report.set_defaults(run=_report)
+    both = commands.add_parser("compare", parents=[common], help="put two reports side by side")
+    both.add_argument("first", type=Path, metavar="A", help="as for `report`")
+    both.add_argument("second", type=Path, metavar="B", help="as for `report`")
+    both.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page for a browser")
+    both.set_defaults(run=_compare)
     return parser
 
 

@@ -210,11 +210,12 @@ class Report:
         try:
             total = {k: v for k, v in data["total"].items() if k not in ("cr_p", "cr_f")}
             total["warnings"] = tuple(total["warnings"])
-            graphs = (data.get(key) for key in ("graph_before", "graph_after"))
+            before, after = data.get("graph_before"), data.get("graph_after")
             return cls(
                 tuple(PassRecord.from_dict(p) for p in data["passes"]),
                 Total(**total),
-                *(graph and GraphSketch.from_dict(graph) for graph in graphs),
+                None if before is None else GraphSketch.from_dict(before),
+                None if after is None else GraphSketch.from_dict(after),
                 tuple(Curve.from_dict(curve) for curve in data.get("sensitivity", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

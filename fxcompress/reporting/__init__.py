@@ -3,7 +3,8 @@
 What is drawn is what ``Report.to_dict()`` says; nothing here knows passes, or measures anything.
 """
 
+from fxcompress.reporting.comparing import Comparison, compare
 from fxcompress.reporting.page import page
 from fxcompress.reporting.sketch import CURVE, Curve, GraphSketch, NodeSketch, sketch
 
-__all__ = ["CURVE", "Curve", "GraphSketch", "NodeSketch", "page", "sketch"]
+__all__ = ["CURVE", "Comparison", "Curve", "GraphSketch", "NodeSketch", "compare", "page", "sketch"]

@@ -87,7 +87,7 @@ def _grid_line(x1: float, y1: float, x2: float, y2: float, text: str, anchor: st
 
 
 def _item(i: int, k: int, layer: str, points: Points) -> Markup:
-    values = "  ".join(f"{x:.4g}: {y:.2g}" for x, y in points)
+    values = (Markup(tag("span", f"{x:.3g} → {y:.2g}") + " ") for x, y in points)
     return tag(
         "li",
         tag("span", layer, class_="path"),
@@ -118,9 +118,11 @@ def _linear(low: float, high: float, start: float, stop: float) -> tuple[Callabl
 def _logarithmic(low: float, high: float, start: float, stop: float) -> tuple[Callable[[float], float], Ticks]:
     bottom, top = math.log10(low), math.log10(high)
     every = max(1, math.ceil((top - bottom) / 7))
-    powers = range(math.ceil(bottom), math.floor(top) + 1, every)
+    powers = range(math.floor(bottom), math.floor(top) + 1, every)
+    factors = (1, 2, 5) if top - bottom < 3 else (1,)
+    values = [factor * 10.0**n for n in powers for factor in factors if low <= factor * 10.0**n <= high * (1 + 1e-9)]
 
     def place(value: float) -> float:
         return start + (math.log10(value) - bottom) / ((top - bottom) or 1.0) * (stop - start)
 
-    return place, [(10.0**n, f"1e{n}" if abs(n) > 3 else f"{10.0**n:g}") for n in powers]
+    return place, [(value, f"{value:.0e}" if value < 1e-3 or value > 1e4 else f"{value:g}") for value in values]

@@ -26,8 +26,10 @@ def seconds(number: float | None) -> str:
 
 
 def relative(error: float | str | None) -> str:
-    """``0.00321`` -> ``"3.2e-03"``; ``"-"`` if it is not known. Infinities are words in a report."""
-    return error if isinstance(error, str) else "-" if error is None else f"{error:.1e}"
+    """``0.0321`` -> ``"0.032"``; ``"-"`` if it is not known. Infinities are words in a report."""
+    if error is None or isinstance(error, str):
+        return error or "-"
+    return f"{error:.1e}" if 0 < abs(error) < 1e-3 else f"{error:.2g}"
 
 
 def change(before: str, after: str) -> str:

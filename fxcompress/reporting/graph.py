@@ -11,7 +11,7 @@ from itertools import groupby
 
 from fxcompress.reporting.figures import change, count
 from fxcompress.reporting.markup import Markup, tag
-from fxcompress.reporting.pairing import NodePair
+from fxcompress.reporting.pairing import NodePair, Status
 from fxcompress.reporting.sketch import NodeSketch
 
 __all__ = ["Group", "grouped", "listing"]
@@ -70,6 +70,7 @@ def _group(path: str, rows: Sequence[int], scopes: Sequence[str]) -> Group:
 def listing(pairs: Sequence[NodePair]) -> Markup:
     """The list, its legend, and what folds and filters it."""
     counts = Counter(pair.status for pair in pairs)
+    words: tuple[tuple[Status, str], ...]
     words = (("changed", "changed"), ("added", "added"), ("removed", "removed"), ("same", "as before"))
     legend = tag(
         "p",
@@ -99,7 +100,7 @@ def listing(pairs: Sequence[NodePair]) -> Markup:
     heads = tag("div", tag("span", "before"), tag("span"), tag("span", "after"), class_="heads", aria_hidden="true")
     root = grouped(pairs)
     body = (_child(child, pairs, rows, 0) for child in root.children)
-    whole = tag("div", heads, body, class_="graph", id="graph", role="group", aria_label="Nodes in running order")
+    whole = tag("div", heads, body, class_="graph", id="graph-list", role="group", aria_label="Nodes in running order")
     return Markup(legend + controls + hint + whole)
 
 
@@ -161,7 +162,8 @@ def _node(node: NodeSketch, other: NodeSketch | None) -> Iterator[Markup]:
         if part == "kind" and node.op in ("placeholder", "output"):
             text = {"placeholder": "input", "output": "output"}[node.op]
         if text and not (part == "kind" and text == node.name):
-            differs = other is not None and getattr(other, part) != getattr(node, part)
+            comparable = other is not None and (part == "kind" or other.kind == node.kind)
+            differs = comparable and getattr(other, part) != getattr(node, part)
             yield tag("mark" if differs else "span", text, class_=part)
             yield Markup(" ")
     if node.parameters:

@@ -29,7 +29,7 @@ class LayerFacts:
 
 
 def facts_of(passes: Iterable[Mapping[str, Any]], layers: Iterable[str]) -> dict[str, LayerFacts]:
-    """Ranks, bits, channels and errors in the details of sites, by layer; what is below a layer's path counts for it."""
+    """Ranks, bits, channels and errors in the details of sites, by layer; what is below a layer counts for it."""
     found = {path: LayerFacts() for path in layers}
     for record in passes:
         for detail in record["details"]:
@@ -76,11 +76,14 @@ def table(pairs: Sequence[LayerPair], facts: Mapping[str, LayerFacts]) -> Markup
         "div",
         tag("label", "Find ", tag("input", type="search", id="layer-find", placeholder="path or setting")),
         tag("label", tag("input", type="checkbox", id="layer-changed"), " only changed"),
+        tag("label", tag("input", type="checkbox", id="layer-relative"), " each layer at full width"),
         tag("output", f"{len(pairs)} layers", id="layer-count", for_="layer-find layer-changed"),
         class_="controls",
         hidden=True,
     )
-    legend = tag("p", tag("span", class_="key then"), "before ", tag("span", class_="key now"), "after", class_="legend")
+    legend = tag(
+        "p", tag("span", class_="key then"), "before ", tag("span", class_="key now"), "after", class_="legend"
+    )
     whole = tag(
         "table",
         tag("caption", "Layers before and after", class_="hidden"),

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["Markup", "join", "number", "tag"]
 
-_VOID = frozenset({"br", "circle", "input", "line", "link", "meta", "path", "polyline", "rect"})
+_VOID = frozenset({"input", "link", "meta"})
 
 
 class Markup(str):

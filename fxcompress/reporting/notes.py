@@ -26,7 +26,9 @@ def refusals(data: Mapping[str, Any]) -> Markup:
         tag(
             "label",
             "Pass ",
-            tag("select", tag("option", "all", value=""), (tag("option", n, value=n) for n in names), id="refusal-pass"),
+            tag(
+                "select", tag("option", "all", value=""), (tag("option", n, value=n) for n in names), id="refusal-pass"
+            ),
         ),
         tag("output", f"{total} of {total} places", id="refusal-count", for_="refusal-find refusal-pass"),
         class_="controls",
@@ -43,9 +45,7 @@ def _group(name: str, reason: str, places: list[Mapping[str, Any]]) -> Markup:
         tag("span", name, class_="badge"),
         tag("span", reason, class_="reason"),
     )
-    items = (
-        tag("li", tag("code", place["node"]), " ", tag("span", _target(place), class_="kind")) for place in places
-    )
+    items = (tag("li", tag("code", place["node"]), " ", tag("span", _target(place), class_="kind")) for place in places)
     return tag("details", head, tag("ul", items, class_="places"), data_pass=name, open=len(places) == 1)
 
 

@@ -58,6 +58,16 @@
     byId("layer-find").addEventListener("input", filter);
     byId("layer-changed").addEventListener("change", filter);
     filter();
+    const bars = all(".size .bar", layerTable).map((svg) => {
+      const rects = [...svg.children];
+      return [rects, rects.map((rect) => parseFloat(rect.getAttribute("width")))];
+    });
+    byId("layer-relative").addEventListener("change", (event) => {
+      for (const [rects, widths] of bars) {
+        const most = event.target.checked ? Math.max(...widths) || 100 : 100;
+        rects.forEach((rect, i) => rect.setAttribute("width", `${100 * widths[i] / most}%`));
+      }
+    });
     for (const head of all("th[data-sort]", layerTable)) {
       const button = document.createElement("button");
       button.type = "button";
@@ -139,7 +149,7 @@
   }
 
   // ---------------------------------------------------------------- graph
-  const graph = byId("graph");
+  const graph = byId("graph-list");
   if (graph) {
     const rows = all(".row", graph);
     const folds = all("details", graph);

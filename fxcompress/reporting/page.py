@@ -54,7 +54,9 @@ def document(title: str, subtitle: str, parts: Mapping[str, Markup]) -> str:
     for name, content in parts.items():
         key = name.partition(" (")[0].lower().replace(" ", "-")
         links.append(tag("a", name, href=f"#{key}"))
-        sections.append(tag("section", tag("h2", name, id=f"{key}-title"), content, id=key, aria_labelledby=f"{key}-title"))
+        sections.append(
+            tag("section", tag("h2", name, id=f"{key}-title"), content, id=key, aria_labelledby=f"{key}-title")
+        )
     toggle = tag("button", "Theme: auto", type="button", id="theme", hidden=True)
     body = tag(
         "body",
@@ -62,7 +64,9 @@ def document(title: str, subtitle: str, parts: Mapping[str, Markup]) -> str:
         tag("header", tag("div", tag("h1", title), tag("p", subtitle, class_="subtitle")), toggle),
         tag("nav", links, aria_label="Sections"),
         tag("main", sections, id="main", tabindex=-1),
-        tag("footer", "Written by fxcompress. Sizes are of the graph; errors are relative to the outputs before a pass."),
+        tag(
+            "footer", "Written by fxcompress. Sizes are of the graph; errors are relative to the outputs before a pass."
+        ),
         Markup(f"<script>{_resource('page.js')}</script>"),
     )
     return f"<!DOCTYPE html>\n{tag('html', _head(title), body, lang='en')}\n"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fxcompress.reporting.scoping import parents
 from fxcompress.reporting.sketch import GraphSketch, NodeSketch
 
-__all__ = ["LayerPair", "NodePair", "layer_pairs", "node_pairs", "touched_by"]
+__all__ = ["LayerPair", "NodePair", "Status", "layer_pairs", "node_pairs", "touched_by"]
 
 Status = Literal["same", "changed", "added", "removed"]
 
@@ -181,5 +181,3 @@ def _sums(graph: GraphSketch, origins: Mapping[str, str]) -> dict[str, _Sum]:
         if node.layer:
             found.setdefault(origins.get(node.layer, node.layer), _Sum()).add(node)
     return found
-
-

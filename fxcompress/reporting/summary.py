@@ -99,7 +99,10 @@ def passes(data: Mapping[str, Any]) -> Markup:
     table = tag(
         "table",
         tag("caption", "What each pass did, in order", class_="hidden"),
-        tag("thead", tag("tr", (tag("th", head, scope="col", class_=None if i < 2 else "n") for i, head in enumerate(heads)))),
+        tag(
+            "thead",
+            tag("tr", (tag("th", head, scope="col", class_=None if i < 2 else "n") for i, head in enumerate(heads))),
+        ),
         tag("tbody", rows),
         tag("tfoot", tag("tr", last)),
         class_="passes",

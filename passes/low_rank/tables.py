@@ -72,7 +72,7 @@ class Table:
 
     def curve(self, most: int = 16) -> list[tuple[float, float]]:
         """The fraction of the parameters kept and the least error that it, or less, can have; at ``most`` points."""
-        order = np.argsort(self.parameters, kind="stable")
+        order = np.lexsort((self.error, self.parameters))
         least = np.minimum.accumulate(self.error[order])
         better = np.flatnonzero(np.diff(least, prepend=np.inf) < 0)
         places = better[np.unique(np.linspace(0, len(better) - 1, most).round().astype(int))]
