@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 from fxcompress.reporting.scoping import parents
@@ -105,12 +107,15 @@ def _only_calls(nodes: Iterable[NodeSketch]) -> dict[str, NodeSketch]:
 def _interleaved(
     old: Sequence[NodeSketch], new: Sequence[NodeSketch], touched: Mapping[str, Sequence[str]]
 ) -> Iterator[NodePair]:
-    """Removed and added nodes of one stretch: what replaces a layer comes right after it."""
-    left = list(new)
-    for node in old:
+    """Removed and added nodes of one stretch: what replaces a layer comes right after it, what is in one module stays
+    together."""
+    left = deque(new)
+    for node, following in zip_longest(old, old[1:]):
         yield _pair(node, None, touched)
         while left and node.layer and _is_within(left[0].layer or left[0].target, node.layer):
-            yield _pair(None, left.pop(0), touched)
+            yield _pair(None, left.popleft(), touched)
+        while left and following is not None and left[0].scope == node.scope != following.scope:
+            yield _pair(None, left.popleft(), touched)
     yield from (_pair(None, node, touched) for node in left)
 
 
@@ -135,8 +140,7 @@ class _Sum:
     macs: int | None = None
 
     def add(self, node: NodeSketch) -> None:
-        if node.op != "get_attr":
-            self.kinds[node.kind] = None
+        self.kinds["weights" if node.op == "get_attr" else node.kind] = None
         self.parameters += node.parameters
         self.bytes += node.bytes
         if node.macs is not None:
