@@ -165,10 +165,11 @@ class Browser:
         self.settle()
 
     def prefer(self, **features: str) -> None:
-        """What the system asks for, such as ``prefers_color_scheme="dark"``; ``media="print"`` for paper."""
-        media = features.pop("media", "")
-        wishes = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-        self.send("Emulation.setEmulatedMedia", media=media, features=wishes)
+        """What the system asks for, such as ``prefers_color_scheme="dark"``. It always asks for no smooth scrolling: a
+        click would miss what still moves."""
+        wishes = {"prefers_reduced_motion": "reduce", **features}
+        listed = [{"name": name.replace("_", "-"), "value": value} for name, value in wishes.items()]
+        self.send("Emulation.setEmulatedMedia", features=listed)
         self.settle()
 
     def screenshot(self, path: Path, whole: bool = True) -> None:

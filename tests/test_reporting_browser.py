@@ -283,6 +283,7 @@ def test_it_can_be_read_without_scripts(page: Browser, pages: Path) -> None:
 def test_a_thousand_nodes_stay_usable(browser: Browser, pages: Path, tmp_path: Path) -> None:
     browser.problems.clear()
     browser.resize(1280, 900)
+    browser.prefer()
     start = time.perf_counter()
     browser.open(pages / "large.html")
     assert browser.run("document.querySelectorAll('#graph-list .row').length") > 1000

@@ -40,7 +40,7 @@ def tiles(data: Mapping[str, Any], measured: Mapping[str, Any]) -> Markup:
         found.append(_tile(title, total[f"{key}_before"], total[f"{key}_after"], words))
     if "latency" not in own:
         found.append(_tile("Latency", *total_latency(data["passes"]), seconds))
-    if not {"error", "agreement"} & own.keys():
+    if "error" not in own:
         found.append(_error_tile(data["passes"]))
     for key, value in measured.items():
         found.append(_simple_tile(str(key).capitalize(), str(value), "measured by the caller"))
@@ -65,7 +65,7 @@ def _tile(title: str, before: float | None, after: float | None, words: Any) -> 
         tag("p", words(after), class_="big"),
         tag(
             "p",
-            f"from {words(before)}" if shift else "unchanged",
+            f"from {words(before)}".replace(" ", "\N{NO-BREAK SPACE}") if shift else "unchanged",
             tag("span", shift, class_="shift" + (" worse" if after > before else "")) if shift else None,
             class_="from",
         ),
