@@ -146,7 +146,8 @@ def test_tied_and_shared_parameters_count_once() -> None:
 
 
 def test_without_inputs_there_are_no_shapes_and_no_macs() -> None:
-    gm = fxcompress.compile(Net().eval(), ["fold-batch-norm"])
+    with pytest.warns(UserWarning, match="nothing is verified"):
+        gm = fxcompress.compile(Net().eval(), ["fold-batch-norm"])
     found = nodes(fxcompress.report(gm).graph_after).values()
     assert {node.value for node in found} == {""}
     assert {node.macs for node in found} == {None}
@@ -226,9 +227,7 @@ def test_a_second_compile_starts_where_the_first_did(small: torch.fx.GraphModule
 
 
 def test_curves_move_from_details_to_the_report(report: Report) -> None:
-    assert {curve.layer for curve in report.sensitivity} == {"blocks.0.conv", "blocks.1.conv"} | {"head"} & {
-        curve.layer for curve in report.sensitivity
-    }
+    assert {"blocks.0.conv", "blocks.1.conv"} <= {curve.layer for curve in report.sensitivity}
     assert all("curve" not in detail for each in report.passes for detail in each.details)
     for curve in report.sensitivity:
         settings, errors = zip(*curve.points, strict=True)

@@ -117,7 +117,8 @@ def _totals(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row
 
 
 def _row(name: str, a: float | None, b: float | None, words: Callable[[float | None], str]) -> Row:
-    return name, words(a), words(b), percent_change(a, b)
+    one, other = ("not measured" if value is None else words(value) for value in (a, b))
+    return name, one, other, percent_change(a, b)
 
 
 def _passes(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
@@ -137,8 +138,11 @@ def _apart(old: Sequence[Any], new: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
 def _did(record: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> tuple[str, str]:
     if record is None:
         return "", ""
-    error = "not verified" if not record["verified"] else f"error {relative(record['error'])}"
-    words = ["rolled back" if record["rolled_back"] else f"{record['sites']} sites", error]
+    words = ["rolled back" if record["rolled_back"] else f"{record['sites']} sites"]
+    if not record["verified"]:
+        words.append("not verified")
+    elif record["error"] is not None:
+        words.append(f"error {relative(record['error'])}")
     words += [f"{len(record['refusals'])} refusals"] if record["refusals"] else []
     if other is not None:
         options = record["options"].items()

@@ -12,6 +12,8 @@ __all__ = ["bar", "passes", "scrolling", "tiles", "total_latency"]
 
 _SIZES = (("parameters", "Parameters", count), ("macs", "MACs", count), ("bytes", "Bytes", bytes_))
 _NOT_MEASURED = "not measured"
+_NOTICEABLE = 1.01
+"""From which growth on a bar has another colour."""
 
 
 def bar(before: float | None, after: float | None, largest: float | None, label: str) -> Markup | None:
@@ -19,7 +21,7 @@ def bar(before: float | None, after: float | None, largest: float | None, label:
     if before is None or after is None or not largest:
         return None
     shares = [100 * max(value, 0) / largest for value in (before, after)]
-    kinds = "now more" if after > before else "now"
+    kinds = "now more" if after > _NOTICEABLE * before else "now"
     rects = (
         tag("rect", class_="then", y=0, width=f"{number(shares[0])}%", height=10, rx=2),
         tag("rect", class_=kinds, y=2, width=f"{number(shares[1])}%", height=6, rx=2),
