@@ -1,4 +1,4 @@
-"""The command line: ``fxcompress demo``, ``fxcompress compress`` and ``fxcompress report``.
+"""The command line: ``fxcompress demo``, ``fxcompress compress``, ``fxcompress report`` and ``fxcompress compare``.
 
 Exit code 0 for success and 2 for a mistake in the call or a refusal by fxcompress, which is told in one line on
 stderr; ``--debug`` shows the traceback instead.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +23,9 @@ import fxcompress
 from fxcompress import demo
 from fxcompress.cli_arguments import INTEGER_INPUTS_BELOW, parse_input, read_dtype, resolve_model, split_passes
 from fxcompress.errors import FxCompressError, UsageError
+from fxcompress.files import atomically, write_text
 from fxcompress.report import Report
+from fxcompress.reporting import compare
 
 __all__ = ["main"]
 
@@ -37,23 +37,6 @@ torch.export.load("{MODEL_FILE}").module(), with neither fxcompress nor the mode
 pass did; print it by `fxcompress report DIR`). Example inputs are random: normal for floating types, integers from
 0 to {INTEGER_INPUTS_BELOW - 1} for integer types.
 """
-
-
-@contextlib.contextmanager
-def _atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place only when the block succeeds."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error}") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -90,7 +73,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         )
     print(result)
     if arguments.json:
-        _write_text(arguments.json, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_text(arguments.json, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
 def _export(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
@@ -150,19 +133,37 @@ def _compress(arguments: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error}") from error
-    _write_text(out / REPORT_FILE, report.to_json() + "\n")
-    with _atomically(out / MODEL_FILE) as path:
+    write_text(out / REPORT_FILE, report.to_json() + "\n")
+    with atomically(out / MODEL_FILE) as path:
         torch.export.save(_export(gm, inputs), path)
     print(f"wrote {out / MODEL_FILE} and {out / REPORT_FILE}")
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    path: Path = arguments.dir / REPORT_FILE if arguments.dir.is_dir() else arguments.dir
+def _read_report(place: Path) -> Report:
+    """The report in the directory, or in the file, at ``place``."""
+    path = place / REPORT_FILE if place.is_dir() else place
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"there is no readable report at {path}: {error}") from error
-    print(Report.from_dict(data))
+    return Report.from_dict(data)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    report = _read_report(arguments.dir)
+    print(report)
+    if arguments.html:
+        report.to_html(arguments.html)
+        print(f"wrote {arguments.html}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    first, second = (_read_report(place).to_dict() for place in (arguments.first, arguments.second))
+    comparison = compare(first, second, (str(arguments.first), str(arguments.second)))
+    print(comparison)
+    if arguments.html:
+        comparison.to_html(arguments.html)
+        print(f"wrote {arguments.html}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,7 +184,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_compress(compress)
     report = commands.add_parser("report", parents=[common], help="print the report of an earlier `compress`")
     report.add_argument("dir", type=Path, metavar="DIR", help="what `compress --out` wrote, or the report file itself")
+    report.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page for a browser")
     report.set_defaults(run=_report)
+    both = commands.add_parser("compare", parents=[common], help="put two reports side by side")
+    both.add_argument("first", type=Path, metavar="A", help="as for `report`")
+    both.add_argument("second", type=Path, metavar="B", help="as for `report`")
+    both.add_argument("--html", type=Path, metavar="FILE", help="also write it as a page for a browser")
+    both.set_defaults(run=_compare)
     return parser
 
 

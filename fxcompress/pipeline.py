@@ -24,6 +24,7 @@ from fxcompress.pass_base import Example, Guarantee, Need, Pass
 from fxcompress.progress import Event, Progress, reporting
 from fxcompress.registry import resolve_all
 from fxcompress.report import PassRecord, RefusalRecord, Report, SiteRecord, Total, attach, detach, plain
+from fxcompress.reporting.sketch import CURVE, curves_in, sketch
 from fxcompress.trace import trace
 from fxcompress.verify import Change, Verdict, verify
 
@@ -83,6 +84,7 @@ def compile(
         tell(Event("trace"))
         gm, earlier = _private_graph(job)
         first = last = _measure(gm, job.example)
+        graph_before = sketch(gm, first)
         records: list[PassRecord] = []
         past = () if earlier is None else earlier.passes
         for pass_ in job.passes:
@@ -90,7 +92,8 @@ def compile(
             records.append(record)
         total = _total(first, last, time.perf_counter() - start, job.warnings)
         tell(Event("done", done=1, total=1))
-    history = Report(tuple(records), total)
+    curves = tuple(curves_in(detail for record in records for detail in record.details))
+    history = Report(tuple(map(_without_curves, records)), total, graph_before, sketch(gm, last), curves)
     attach(gm, history if earlier is None else earlier.followed_by(history))
     for text in (*job.warnings, *_unique_warnings(records)):
         warnings.warn(text, stacklevel=2)
@@ -239,6 +242,12 @@ def _total(first: Cost, last: Cost, seconds: float, texts: tuple[str, ...]) -> T
     if last.uncounted:
         texts += (f"MACs leave out what these operators do: {', '.join(sorted(last.uncounted))}",)
     return Total(*sizes, seconds, texts)
+
+
+def _without_curves(record: PassRecord) -> PassRecord:
+    """``record`` without what :func:`curves_in` took from it."""
+    details = tuple({key: value for key, value in detail.items() if key != CURVE} for detail in record.details)
+    return dataclasses.replace(record, details=details)
 
 
 def _unique_warnings(records: Sequence[PassRecord]) -> list[str]:

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxcompress.errors import UsageError
+from fxcompress.files import write_text
+from fxcompress.reporting import Curve, GraphSketch, page
+from fxcompress.reporting.figures import bytes_ as _bytes
+from fxcompress.reporting.figures import count as _count
 
 __all__ = [
     "CARRIER",
@@ -95,6 +100,10 @@ class PassRecord:
         seconds: time this pass took, calibration and verification included.
         details: one plain dict a site: node, target and what the pass says.
         warnings: what the user should know.
+        latency_before, latency_after: seconds of a call on the example inputs before and after the pass, medians;
+            ``None`` if they were not measured (see ``reject_slower`` of :func:`fxcompress.compile`).
+        rolled_back: the pass did not pay, and the graph is as it was before: no sites, sizes unchanged. The latency
+            after it is the one that it would have had.
     """
 
     name: str
@@ -115,6 +124,9 @@ class PassRecord:
     seconds: float
     details: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+    latency_before: float | None = None
+    latency_after: float | None = None
+    rolled_back: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PassRecord:
@@ -152,16 +164,49 @@ class Total:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The history of a compressed graph: a record for each pass, and the total. ``str(report)`` is a table."""
+    """The history of a compressed graph: a record for each pass, and the total. ``str(report)`` is a table.
+
+    Attributes:
+        passes, total: what was measured.
+        graph_before, graph_after: the graph before the first pass and after the last in plain values; ``None`` in
+            reports of versions that kept none.
+        sensitivity: what passes, or a search, found of the error of single layers.
+    """
 
     passes: tuple[PassRecord, ...]
     total: Total
+    graph_before: GraphSketch | None = dataclasses.field(default=None, repr=False)
+    graph_after: GraphSketch | None = dataclasses.field(default=None, repr=False)
+    sensitivity: tuple[Curve, ...] = dataclasses.field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"passes": [{...}, ...], "total": {...}}`` of plain values; see :class:`PassRecord`, :class:`Total`."""
+        """A dict of plain values with the fields as keys; see :class:`PassRecord`, :class:`Total`, and
+        :class:`GraphSketch` and :class:`Curve` in ``fxcompress.reporting``.
+        """
         total = {**dataclasses.asdict(self.total), "cr_p": self.total.cr_p, "cr_f": self.total.cr_f}
-        whole: dict[str, Any] = plain({"passes": [dataclasses.asdict(p) for p in self.passes], "total": total})
-        return whole
+        whole: dict[str, Any] = {
+            "passes": [dataclasses.asdict(p) for p in self.passes],
+            "total": total,
+            "graph_before": self.graph_before and self.graph_before.to_dict(),
+            "graph_after": self.graph_after and self.graph_after.to_dict(),
+            "sensitivity": [dataclasses.asdict(curve) for curve in self.sensitivity],
+        }
+        return {key: plain(value) for key, value in whole.items()}
+
+    def to_html(
+        self, path: str | os.PathLike[str], *, title: str | None = None, measured: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the report as one page for a browser that loads nothing else; the file is there whole or not at all.
+
+        Args:
+            path: the file to write.
+            title: of the page; by default the class name of the model.
+            measured: what you measured yourself, shown beside the totals, such as ``{"agreement": "98.4%"}``.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        write_text(path, page(self.to_dict(), title=title, measured=measured))
 
     def to_json(self, indent: int | None = 2) -> str:
         """:meth:`to_dict` as strictly valid JSON (no NaN, no Infinity)."""
@@ -177,8 +222,15 @@ class Report:
         try:
             total = {k: v for k, v in data["total"].items() if k not in ("cr_p", "cr_f")}
             total["warnings"] = tuple(total["warnings"])
-            return cls(tuple(PassRecord.from_dict(p) for p in data["passes"]), Total(**total))
-        except (KeyError, TypeError, AttributeError) as error:
+            before, after = data.get("graph_before"), data.get("graph_after")
+            return cls(
+                tuple(PassRecord.from_dict(p) for p in data["passes"]),
+                Total(**total),
+                None if before is None else GraphSketch.from_dict(before),
+                None if after is None else GraphSketch.from_dict(after),
+                tuple(Curve.from_dict(curve) for curve in data.get("sensitivity", ())),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"this is no report of fxcompress ({error!r}); pass what to_dict() returned") from error
 
     def followed_by(self, later: Report) -> Report:
@@ -198,7 +250,8 @@ class Report:
             seconds=a.seconds + b.seconds,
             warnings=tuple(dict.fromkeys(warnings)),
         )
-        return Report(self.passes + later.passes, total)
+        curves = self.sensitivity + later.sensitivity
+        return Report(self.passes + later.passes, total, self.graph_before, later.graph_after, curves)
 
     def __str__(self) -> str:
         rows = [_row(p.name, p.guarantee, str(p.sites), str(len(p.refusals)), _error(p), p) for p in self.passes]
@@ -239,21 +292,6 @@ def _error(record: PassRecord) -> str:
 
 def _change(before: str, after: str) -> str:
     return f"{before} -> {after}"
-
-
-def _count(number: int | None) -> str:
-    return "-" if number is None else _scaled(number, 1000, ("", " k", " M", " G", " T", " P"))
-
-
-def _bytes(number: int) -> str:
-    return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
-
-
-def _scaled(number: int, base: int, units: tuple[str, ...]) -> str:
-    value, power = float(number), 0
-    while value >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{value:.2f}{units[power]}" if power else f"{number}{units[0]}"
 
 
 def plain(value: Any) -> Any:

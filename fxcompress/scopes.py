@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from fxcompress.storable import storable
 
-__all__ = ["SCOPES", "end_of", "remember_ends"]
+__all__ = ["SCOPES", "end_of", "ends_in", "remember_ends"]
 
 SCOPES = "_fxcompress_scopes"
 """A child without parameters that no node calls: ``torch.fx`` carries such children through copies and pickles."""
@@ -33,6 +33,15 @@ def remember_ends(gm: fx.GraphModule, ends: Mapping[str, fx.Node]) -> None:
     known = {path: (node.name, str(node.target)) for path, node in ends.items() if node in there}
     if known:
         setattr(gm, SCOPES, _Scopes(known).train(gm.training))
+
+
+def ends_in(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """All that :func:`end_of` knows of ``gm``: paths of modules and their last nodes that are still there."""
+    scopes = getattr(gm, SCOPES, None)
+    if not isinstance(scopes, _Scopes):
+        return {}
+    there = {(node.name, str(node.target)): node for node in gm.graph.nodes}
+    return {path: there[end] for path, end in scopes.ends.items() if end in there}
 
 
 def end_of(gm: fx.GraphModule, path: str) -> fx.Node | None:

@@ -11,6 +11,7 @@ import fxcompress
 from fxcompress import cli
 from fxcompress.cli_arguments import parse_input, read_dtype, resolve_model, split_passes
 from fxcompress.errors import UsageError
+from fxcompress.files import atomically
 
 FACTORY = """
 import torch
@@ -229,7 +230,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     target.write_text("old", encoding="utf-8")
 
     def write_half() -> None:
-        with cli._atomically(target) as temporary:
+        with atomically(target) as temporary:
             temporary.write_text("ne", encoding="utf-8")
             raise RuntimeError("power cut")
 
@@ -275,3 +276,20 @@ def test_demo_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "espresso" in capsys.readouterr().out
     assert json.loads(target.read_text(encoding="utf-8"))["environment"]["threads"] == 1
     assert torch.get_num_threads() == before
+
+
+def test_reports_are_pages_and_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("factories:Nets.conv", "--input", "2,3,8,8", "--passes")
+    assert compress(*words, "remove-identity,fold-batch-norm", "--out", "one") == 0
+    assert compress(*words, "remove-identity", "--out", "two") == 0
+    assert cli.main(["report", "one", "--html", "one.html"]) == 0
+    assert cli.main(["compare", "one", "two/report.json", "--html", "both.html"]) == 0
+    printed = capsys.readouterr().out
+    assert "wrote one.html" in printed
+    assert "largest error of a pass" in printed
+    assert (here / "one.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "BatchNorm2d" in (here / "one.html").read_text(encoding="utf-8")
+    assert "one and two/report.json" in (here / "both.html").read_text(encoding="utf-8")
+    assert cli.main(["compare", "one", "nowhere"]) == 2
+    assert cli.main(["report", "one", "--html", "nowhere/one.html"]) == 2
+    assert "cannot write nowhere/one.html" in capsys.readouterr().err

@@ -67,6 +67,7 @@ def test_the_wheel_holds_every_file(built: Path) -> None:
         names = set(wheel.namelist())
     assert {name for name in names if name.endswith(".py")} == python_files()
     assert "fxcompress/py.typed" in names
+    assert {"fxcompress/reporting/page.css", "fxcompress/reporting/page.js"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

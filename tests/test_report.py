@@ -47,10 +47,11 @@ def graph() -> fx.GraphModule:
 
 def test_the_dict_has_exactly_these_keys() -> None:
     data = Report((RECORD,), TOTAL).to_dict()
-    assert set(data) == {"passes", "total"}
+    assert set(data) == {"passes", "total", "graph_before", "graph_after", "sensitivity"}
     sizes = {f"{what}_{when}" for what in ("parameters", "macs", "bytes") for when in ("before", "after")}
     assert set(data["total"]) == {*sizes, "cr_p", "cr_f", "seconds", "warnings"}
     wanted = {"name", "guarantee", "sites", "refusals", "error", "seconds", "details", *sizes}
+    wanted |= {"latency_before", "latency_after", "rolled_back"}
     assert set(data["passes"][0]) == {*wanted, "options", "error_in_dtype", "verified", "verification", "warnings"}
     assert data["passes"][0]["sites"] == 2
     assert data["passes"][0]["refusals"] == [{"node": "conv", "target": "features.0", "reason": "grouped"}]

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxcompress.analysis.contractions import RULES
 from fxcompress.analysis.running import GraphRunner
+from fxcompress.analysis.shapes import outline
 from fxcompress.analysis.storage import memory_blocks
 
 __all__ = ["Cost", "cost"]
@@ -28,6 +29,7 @@ class Cost:
         buffer_bytes: the same for buffers, without memory that a parameter occupies already.
         macs: multiply-accumulates of one call, or ``None`` if no inputs were given to run it on.
         macs_by_node: those of each node, also the ones that have none; empty without inputs.
+        values_by_node: the :func:`~fxcompress.analysis.shapes.outline` of what each node gave; empty without inputs.
         uncounted: operators from outside ATen that ran and in which nothing could be counted, so that ``macs`` may be
             too low (each as ``namespace.name``).
     """
@@ -37,6 +39,7 @@ class Cost:
     buffer_bytes: int
     macs: int | None = None
     macs_by_node: Mapping[fx.Node, int] = dataclasses.field(default_factory=dict, repr=False)
+    values_by_node: Mapping[fx.Node, Any] = dataclasses.field(default_factory=dict, repr=False)
     uncounted: frozenset[str] = frozenset()
 
 
@@ -66,6 +69,7 @@ def cost(gm: fx.GraphModule, args: Sequence[Any] | None = None, kwargs: Mapping[
         static,
         macs=runner.counter.macs,
         macs_by_node=runner.macs,
+        values_by_node=runner.values,
         uncounted=frozenset(runner.counter.uncounted),
     )
 
@@ -75,6 +79,7 @@ class _CostRunner(GraphRunner):
         super().__init__(gm)
         self.counter = _MacCounter()
         self.macs: dict[fx.Node, int] = {}
+        self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.macs
@@ -84,6 +89,7 @@ class _CostRunner(GraphRunner):
             with self.counter:
                 value = super().run_node(n)
         self.macs[n] = self.counter.macs - before
+        self.values[n] = outline(value)
         return value
 
     def _is_scripted(self, node: fx.Node) -> bool:

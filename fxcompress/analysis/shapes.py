@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.analysis.running import GraphRunner
 from fxcompress.errors import UsageError
 
-__all__ = ["Shapes", "TensorSpec", "shapes"]
+__all__ = ["Shapes", "TensorSpec", "outline", "shapes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,11 @@ class _ShapeRunner(GraphRunner):
         # At once: a later in-place operation may change the shape of this very tensor.
         self.specs[n] = pytree.tree_map_only(torch.Tensor, _spec, value)
         return value
+
+
+def outline(value: Any) -> Any:
+    """``value`` with a :class:`TensorSpec` in place of every tensor and its type in place of every other leaf."""
+    return pytree.tree_map(lambda leaf: _spec(leaf) if isinstance(leaf, torch.Tensor) else type(leaf), value)
 
 
 def _spec(tensor: torch.Tensor) -> TensorSpec:

@@ -19,9 +19,10 @@ import torch
 from torch import fx
 
 from fxcompress.errors import SerializationError, UsageError
+from fxcompress.files import whole_directory, write_text
 from fxcompress.report import CARRIER, Report, report
 from fxcompress.report import attach as attach_report
-from fxcompress.serialization.files import read_json, read_limited, whole_directory
+from fxcompress.serialization.files import read_json, read_limited
 from fxcompress.serialization.graphs import ArgumentWriter
 from fxcompress.serialization.modules import ModuleReader, ModuleWriter
 from fxcompress.serialization.stand_ins import StandIn
@@ -77,7 +78,7 @@ def write(gm: fx.GraphModule, folder: Path) -> None:
     (folder / GRAPH_FILE).write_bytes(data)
     write_safetensors(folder / WEIGHTS_FILE, stored, {_DIGEST: hashlib.sha256(data).hexdigest()})
     if hasattr(gm, CARRIER):
-        (folder / REPORT_FILE).write_text(report(gm).to_json() + "\n", encoding="utf-8")
+        write_text(folder / REPORT_FILE, report(gm).to_json() + "\n")
 
 
 def load(

@@ -285,4 +285,4 @@ def _finish(module: nn.Module, where: str) -> None:
         weights = module.__dict__.get("_flat_weights")
         if not isinstance(weights, list) or not all(w is None or isinstance(w, torch.Tensor) for w in weights):
             raise damaged(where, "a recurrent layer without weights")
-        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+        module.__dict__["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in weights]

@@ -33,6 +33,7 @@ from fxcompress.passes.low_rank.moments import few_rows, observer_of, unobservab
 from fxcompress.passes.low_rank.sensitivity import MIDDLING, sensitivities
 from fxcompress.passes.low_rank.tables import Table, table_of
 from fxcompress.passes.low_rank.timing import seconds_of, worth_timing
+from fxcompress.reporting import CURVE
 
 __all__ = ["Alds", "AldsPlus"]
 
@@ -304,4 +305,6 @@ def _detail(path: str, table: Table, option: int, why_whole: str) -> dict[str, A
         detail["left_whole"] = why_whole
     if table.notes:
         detail["notes"] = list(table.notes)
+    if len(table.rank) > 1:
+        detail[CURVE] = {"knob": "parameters kept, as a fraction of the layer's", "points": table.curve()}
     return detail

@@ -70,6 +70,15 @@ class Table:
     error: np.ndarray
     notes: tuple[str, ...] = ()
 
+    def curve(self, most: int = 16) -> list[tuple[float, float]]:
+        """The fraction of the parameters kept and the least error that it, or less, can have; at ``most`` points."""
+        order = np.lexsort((self.error, self.parameters))
+        least = np.minimum.accumulate(self.error[order])
+        better = np.flatnonzero(np.diff(least, prepend=np.inf) < 0)
+        places = better[np.unique(np.linspace(0, len(better) - 1, most).round().astype(int))]
+        kept = self.parameters[order][places] / self.parameters[0]
+        return [(float(x), float(y)) for x, y in zip(kept, least[places], strict=True)]
+
     def nearest(self, error: float) -> int:
         """The option in fewest slices whose error is nearest to ``error``; 0 if there is none."""
         if len(self.rank) == 1:
