@@ -17,6 +17,7 @@ from fxcompress.errors import (
     UsageError,
     VerificationError,
 )
+from fxcompress.exporting import export, export_onnx
 from fxcompress.pass_base import (
     Example,
     Guarantee,
@@ -60,6 +61,8 @@ __all__ = [
     "VerificationError",
     "__version__",
     "compile",
+    "export",
+    "export_onnx",
     "plan",
     "recover",
     "registered_passes",
