@@ -62,8 +62,7 @@ def calls(gm: fx.GraphModule, x: Tensor, path: Path) -> dict[str, Call]:
     return {
         "eager": gm,
         "ONNX Runtime": onnxruntime_call(path),
-        "OpenVINO (ONNX)": openvino_call(openvino.convert_model(path)),
-        "OpenVINO (torch.export)": openvino_call(openvino.convert_model(fxcompress.export(gm, x))),
+        "OpenVINO": openvino_call(openvino.convert_model(path)),
     }
 
 
@@ -121,7 +120,7 @@ def main() -> None:
             records[name]["runtimes"].setdefault(runtime, {}).update(taken)
     lowered = records["int8"]["runtimes"].pop(LOWERED)
     headers = ["EfficientNet-Lite0", "ONNX file", "eager"]
-    for runtime in list(timed)[1:4]:
+    for runtime in list(timed)[1:3]:
         headers += [runtime[1], "error / same class"]
     text = markdown([_row(name, record) for name, record in records.items()], headers)
     ratio = statistics.median(r["wall"] for r in [lowered])
