@@ -1,4 +1,4 @@
-"""Ways out: a graph as a program of ``torch.export`` or as an ONNX file, for runtimes that know nothing of this package.
+"""Ways out: a graph as a program of ``torch.export`` or an ONNX file, for runtimes that know nothing of this package.
 
 A graph module is an ordinary model to ``torch.compile`` and ``torch.export``. What these functions add is a batch size
 that stays free, and for ONNX the operators that quantised graphs are made of (``onnx_operators.py``). Modules that hold
@@ -35,8 +35,9 @@ def export(
 ) -> torch.export.ExportedProgram:
     """``gm`` as a program that PyTorch runs by itself, with neither this package nor the model's source.
 
-    The first dimension of all inputs that have the same size there, the batch size, stays free where the model allows it.
-    ``torch.export`` takes sizes 0 and 1 for constants, so a batch of one is exported at two.
+    The first dimension of all inputs that are as long there as the first one, the batch size, stays free where the
+    model allows it. ``torch.export`` takes sizes 0 and 1 for constants, so a batch of one is exported at two. Whoever
+    loads a quantised program needs ``import torch.ao.quantization.fx._decomposed``, which registers its operators.
 
     Args:
         gm: a graph that :func:`fxcompress.compile` returned; it is exported in the mode that it is in.
@@ -66,15 +67,17 @@ def export_onnx(
     (``pip install "fxcompress[onnx]"``).
 
     Args:
-        gm, example_inputs, example_kwargs: see :func:`export`. Inputs of the file are the placeholders of ``gm``.
+        gm: see :func:`export`. The inputs of the file are the tensors in those of ``gm``, in order.
         path: of the file. Weights of more than 2 GB, which one file cannot hold, go to ``<path>.data`` beside it.
+        example_inputs: see :func:`export`.
+        example_kwargs: see :func:`export`.
         opset: the version of ONNX's operators, 21 or later.
 
     Returns:
         The path.
 
     Raises:
-        UsageError: as in :func:`export`; the extra is not installed, the version too old, or the file cannot be written.
+        UsageError: as in :func:`export`; the extra is missing, the version too old, or the file cannot be written.
         FxCompressError: an operator has no translation; the message names it.
     """
     if opset < OPSET:

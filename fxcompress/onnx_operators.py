@@ -15,12 +15,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset21 as op
+from onnxscript import opset21
 
 import fxcompress.recording.internals  # noqa: F401  registers the operators
 
 __all__ = ["translations"]
 
+op: Any = opset21  # whose annotations know values, and not what stands for them while a graph is written
 _OPS: Any = torch.ops.quantized_decomposed
 _LIMITS = {
     ir.DataType.UINT8: (0, 255),

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import Phase, event, given, settings
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -86,14 +86,16 @@ def compressed(chain: str) -> fx.GraphModule:
         return fxcompress.compile(network, CHAINS[chain], images(1), calibration=[images(8, i) for i in range(1, 4)])
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
+def session(path: Path, optimise: bool = True) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def in_onnxruntime(path: Path, *inputs: Tensor) -> list[Tensor]:
-    found = session(path)
+def in_onnxruntime(path: Path, *inputs: Tensor, optimise: bool = True) -> list[Tensor]:
+    found = session(path, optimise)
     names = [value.name for value in found.get_inputs()]
     given_ = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
     return [torch.as_tensor(value) for value in found.run(None, given_)]
@@ -274,7 +276,7 @@ DRAWN = (["remove-identity", "fold-batch-norm"], ["svd:ratio=0.3"], ["fold-batch
 
 
 @pytest.mark.parametrize("passes", DRAWN, ids=lambda passes: passes[-1].partition(":")[0])
-@settings(max_examples=6)
+@settings(max_examples=6, phases=[Phase.generate, Phase.shrink])
 @given(network=networks(outputs=PYTREES))
 def test_drawn_networks_leave(passes: list[str], tmp_path_factory: pytest.TempPathFactory, network: Network) -> None:
     given_ = {"example_inputs": network.args, "example_kwargs": network.kwargs}
@@ -289,7 +291,9 @@ def test_drawn_networks_leave(passes: list[str], tmp_path_factory: pytest.TempPa
         expected = [leaf for _, leaf in leaves(run(gm, (args, kwargs))) if isinstance(leaf, Tensor)]
         exported = [leaf for _, leaf in leaves(run(program, (args, kwargs))) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in pytree.tree_leaves(bind_inputs(gm, args, kwargs)) if isinstance(leaf, Tensor)]
-        for a, b, c in zip(expected, exported, in_onnxruntime(path, *inputs), strict=True):
+        # Optimising, ONNX Runtime rounds what recurrent layers of integer weights compute: what is tested is the file.
+        found = in_onnxruntime(path, *inputs, optimise=False)
+        for a, b, c in zip(expected, exported, found, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(c, a, rtol=1e-3, atol=1e-3)
     return event("left")
