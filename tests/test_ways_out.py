@@ -276,7 +276,7 @@ DRAWN = (["remove-identity", "fold-batch-norm"], ["svd:ratio=0.3"], ["fold-batch
 
 
 @pytest.mark.parametrize("passes", DRAWN, ids=lambda passes: passes[-1].partition(":")[0])
-@settings(max_examples=6, phases=[Phase.generate, Phase.shrink])
+@settings(max_examples=4, phases=[Phase.generate, Phase.shrink])
 @given(network=networks(outputs=PYTREES))
 def test_drawn_networks_leave(passes: list[str], tmp_path_factory: pytest.TempPathFactory, network: Network) -> None:
     given_ = {"example_inputs": network.args, "example_kwargs": network.kwargs}
