@@ -1,6 +1,7 @@
 """Write docs/passes.md from the passes themselves: what they declare, their docstrings and their fields.
 
-Run ``python docs/generate_passes.py``; with ``--check`` nothing is written and the exit code is 1 if something would be.
+Run ``python docs/generate_passes.py``; with ``--check`` nothing is written, and the exit code is 1 if something would
+be.
 """
 
 from __future__ import annotations
