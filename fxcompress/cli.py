@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
 
 import fxcompress
 from fxcompress import demo
@@ -33,9 +32,10 @@ MODEL_FILE, REPORT_FILE = "model.pt2", "report.json"
 
 _COMPRESS_EPILOG = f"""\
 DIR receives {MODEL_FILE} (the compressed model as a torch.export program, weights included: run it by
-torch.export.load("{MODEL_FILE}").module(), with neither fxcompress nor the model's source) and {REPORT_FILE} (what each
-pass did; print it by `fxcompress report DIR`). Example inputs are random: normal for floating types, integers from
-0 to {INTEGER_INPUTS_BELOW - 1} for integer types.
+torch.export.load("{MODEL_FILE}").module(), with neither fxcompress nor the model's source; a quantised one after
+`import torch.ao.quantization.fx._decomposed`, which registers its operators) and {REPORT_FILE} (what each pass did;
+print it by `fxcompress report DIR`). Example inputs are random: normal for floating types, integers from 0 to
+{INTEGER_INPUTS_BELOW - 1} for integer types.
 """
 
 
@@ -93,46 +93,6 @@ def _demo(arguments: argparse.Namespace) -> None:
         _write_text(arguments.json, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
-def _export(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    """``gm`` as a program whose batch size stays free where the model allows it.
-
-    ``torch.export`` takes sizes 0 and 1 for constants, so a batch of one is doubled for it.
-
-    Raises:
-        FxCompressError: ``torch.export`` cannot do it.
-    """
-    try:
-        return _export_batched(gm, inputs)
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise FxCompressError(f"torch.export refuses the compressed model: {first_line}") from error
-
-
-def _export_batched(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    example = _two_or_more(gm, inputs)
-    if example is None:
-        return torch.export.export(gm, inputs)
-    free = torch.export.ShapesCollection()
-    for value in example:
-        free[value] = {0: torch.export.Dim.AUTO}
-    return torch.export.export(gm, example, dynamic_shapes=free.dynamic_shapes(gm, example))
-
-
-def _two_or_more(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """``inputs`` at a batch size above 1; ``None`` if they have no common one or ``gm`` fails there."""
-    if any(value.dim() == 0 or value.shape[0] != inputs[0].shape[0] for value in inputs):
-        return None
-    if inputs[0].shape[0] > 1:
-        return inputs
-    doubled = tuple(torch.cat([value, value]) for value in inputs)
-    try:
-        with torch.no_grad():
-            gm(*doubled)
-    except Exception:  # a size that nobody asked for: the program is then for the one that was
-        return None
-    return doubled
-
-
 def _compress(arguments: argparse.Namespace) -> None:
     passes = split_passes(arguments.passes)
     model = resolve_model(arguments.model).eval()
@@ -152,7 +112,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         raise UsageError(f"cannot write to {out}: {error}") from error
     _write_text(out / REPORT_FILE, report.to_json() + "\n")
     with _atomically(out / MODEL_FILE) as path:
-        torch.export.save(_export(gm, inputs), path)
+        torch.export.save(fxcompress.export(gm, inputs), path)
     print(f"wrote {out / MODEL_FILE} and {out / REPORT_FILE}")
 
 
