@@ -120,7 +120,7 @@ def initializers(path: Path) -> dict[str, numpy.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------- torch
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", ["pruned", "factorised", "int8", "dynamic", "int4-groups", "fake"])
 def test_torch_compile_takes_the_whole_graph(chain: str) -> None:
     gm = compressed(chain)
     torch.compiler.reset()
@@ -260,13 +260,15 @@ def test_several_inputs_by_name_and_outputs_in_containers(tmp_path: Path) -> Non
     gm = fxcompress.compile(Several().eval(), [], torch.randn(1, 4), example_kwargs={"more": more})
     path = fxcompress.export_onnx(gm, tmp_path / "model.onnx", torch.randn(1, 4), example_kwargs={"more": more})
     x, more = torch.randn(7, 4), {"a": torch.randn(7, 4), "b": torch.randn(3)}
-    expected = gm(x, more=more)
+    with torch.no_grad():
+        expected = gm(x, more=more)
     assert [value.name for value in session(path).get_inputs()] == ["x", "more_a", "more_b"]
     found = in_onnxruntime(path, x, more["a"], more["b"])
     assert difference(expected["sum"], found[0]) <= ROUNDING
     assert torch.equal(expected["rest"][0], found[1])
     program = fxcompress.export(gm, torch.randn(1, 4), example_kwargs={"more": {"a": x[:1], "b": more["b"]}})
-    assert difference(expected["sum"], program.module()(x, more=more)["sum"]) <= ROUNDING
+    with torch.no_grad():
+        assert difference(expected["sum"], program.module()(x, more=more)["sum"]) <= ROUNDING
 
 
 # ------------------------------------------------------------------------------------------------- drawn networks
@@ -276,7 +278,7 @@ DRAWN = (["remove-identity", "fold-batch-norm"], ["svd:ratio=0.3"], ["fold-batch
 
 
 @pytest.mark.parametrize("passes", DRAWN, ids=lambda passes: passes[-1].partition(":")[0])
-@settings(max_examples=4, phases=[Phase.generate, Phase.shrink])
+@settings(max_examples=3, phases=[Phase.generate, Phase.shrink])
 @given(network=networks(outputs=PYTREES))
 def test_drawn_networks_leave(passes: list[str], tmp_path_factory: pytest.TempPathFactory, network: Network) -> None:
     given_ = {"example_inputs": network.args, "example_kwargs": network.kwargs}
