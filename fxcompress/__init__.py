@@ -18,6 +18,7 @@ from fxcompress.errors import (
     UsageError,
     VerificationError,
 )
+from fxcompress.exporting import export, export_onnx
 from fxcompress.pass_base import (
     Example,
     Guarantee,
@@ -64,6 +65,8 @@ __all__ = [
     "VerificationError",
     "__version__",
     "compile",
+    "export",
+    "export_onnx",
     "load",
     "plan",
     "recover",

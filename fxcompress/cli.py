@@ -17,25 +17,27 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
 
 import fxcompress
 from fxcompress import demo
 from fxcompress.cli_arguments import INTEGER_INPUTS_BELOW, parse_input, read_dtype, resolve_model, split_passes
 from fxcompress.errors import FxCompressError, UsageError
-from fxcompress.files import atomically, write_text
+from fxcompress.files import whole_directory, write_text
 from fxcompress.report import Report
 from fxcompress.reporting import compare
+from fxcompress.serialization import FILES, REPORT_FILE, write
 
 __all__ = ["main"]
 
-MODEL_FILE, REPORT_FILE = "model.pt2", "report.json"
+MODEL_FILE = "model.pt2"
 
 _COMPRESS_EPILOG = f"""\
-DIR receives {MODEL_FILE} (the compressed model as a torch.export program, weights included: run it by
-torch.export.load("{MODEL_FILE}").module(), with neither fxcompress nor the model's source) and {REPORT_FILE} (what each
-pass did; print it by `fxcompress report DIR`). Example inputs are random: normal for floating types, integers from
-0 to {INTEGER_INPUTS_BELOW - 1} for integer types.
+DIR receives the compressed model as fxcompress.save writes it ({", ".join(FILES)}): fxcompress.load(DIR) gives it
+back without the model's source, and `fxcompress report DIR` prints what each pass did. With --export there is
+{MODEL_FILE}, too, a torch.export program: torch.export.load("{MODEL_FILE}").module() runs it without fxcompress (a
+quantised one after `import torch.ao.quantization.fx._decomposed`, which registers its operators). A directory that
+holds anything else is not touched. Example inputs are random: normal for floating types, integers from 0 to
+{INTEGER_INPUTS_BELOW - 1} for integer types.
 """
 
 
@@ -76,46 +78,6 @@ def _demo(arguments: argparse.Namespace) -> None:
         write_text(arguments.json, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
-def _export(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    """``gm`` as a program whose batch size stays free where the model allows it.
-
-    ``torch.export`` takes sizes 0 and 1 for constants, so a batch of one is doubled for it.
-
-    Raises:
-        FxCompressError: ``torch.export`` cannot do it.
-    """
-    try:
-        return _export_batched(gm, inputs)
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise FxCompressError(f"torch.export refuses the compressed model: {first_line}") from error
-
-
-def _export_batched(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    example = _two_or_more(gm, inputs)
-    if example is None:
-        return torch.export.export(gm, inputs)
-    free = torch.export.ShapesCollection()
-    for value in example:
-        free[value] = {0: torch.export.Dim.AUTO}
-    return torch.export.export(gm, example, dynamic_shapes=free.dynamic_shapes(gm, example))
-
-
-def _two_or_more(gm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """``inputs`` at a batch size above 1; ``None`` if they have no common one or ``gm`` fails there."""
-    if any(value.dim() == 0 or value.shape[0] != inputs[0].shape[0] for value in inputs):
-        return None
-    if inputs[0].shape[0] > 1:
-        return inputs
-    doubled = tuple(torch.cat([value, value]) for value in inputs)
-    try:
-        with torch.no_grad():
-            gm(*doubled)
-    except Exception:  # a size that nobody asked for: the program is then for the one that was
-        return None
-    return doubled
-
-
 def _compress(arguments: argparse.Namespace) -> None:
     passes = split_passes(arguments.passes)
     model = resolve_model(arguments.model).eval()
@@ -128,15 +90,11 @@ def _compress(arguments: argparse.Namespace) -> None:
     gm = fxcompress.compile(model, passes, inputs, progress=True)
     report = fxcompress.report(gm)
     print(report)
-    out: Path = arguments.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error}") from error
-    write_text(out / REPORT_FILE, report.to_json() + "\n")
-    with atomically(out / MODEL_FILE) as path:
-        torch.export.save(_export(gm, inputs), path)
-    print(f"wrote {out / MODEL_FILE} and {out / REPORT_FILE}")
+    with whole_directory(arguments.out, (*FILES, MODEL_FILE)) as folder:
+        write(gm, folder)
+        if arguments.export:
+            torch.export.save(fxcompress.export(gm, inputs), folder / MODEL_FILE)
+    print(f"wrote {', '.join((*FILES, MODEL_FILE)[: 4 if arguments.export else 3])} to {arguments.out}")
 
 
 def _read_report(place: Path) -> Report:
@@ -218,6 +176,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="convert the model to this floating dtype first (default: leave it)")
     parser.add_argument("--seed", type=int, default=0, help="of the random example inputs (default: 0)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    parser.add_argument("--export", action="store_true", help="also write a program of torch.export")
     parser.set_defaults(run=_compress)
 
 

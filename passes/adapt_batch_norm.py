@@ -100,7 +100,8 @@ class AdaptBatchNorm(Pass):
     "std_ratio_min" and "std_ratio_max": new over old standard deviation}``.
 
     Args:
-        mode: ``"sequential"`` or ``"batch"``.
+        mode: ``"sequential"``: each batch norm gets the statistics of what it sees once all before it have their new
+            ones; or ``"batch"``: the average over batches in training mode, in the memory of one batch.
     """
 
     name: ClassVar[str] = "adapt-batch-norm"

@@ -9,9 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_blocks_run_in_order(capsys) -> None:
+def test_the_python_blocks_run_in_order(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     namespace = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -23,6 +24,13 @@ def test_results_are_quoted_not_typed() -> None:
     assert "demo" in dict(quoted)
     for name, text in quoted:
         assert text == (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_files_are_quoted_not_typed() -> None:
+    quoted = re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```\n<!-- end of file -->", README, re.DOTALL)
+    assert quoted
+    for name, text in quoted:
+        assert text == (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_the_registered_passes_are_listed() -> None:

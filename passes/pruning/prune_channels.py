@@ -38,7 +38,9 @@ class PruneChannels(Pass):
         measure: ``"channels"``, or the whole model's ``"params"`` or ``"macs"``, met within 1%.
         scope: what is ranked together: each group by itself (``"local"``), all groups (``"global"``), or all groups of
             the same structure (``"isomorphic"``).
-        importance: an :class:`~fxcompress.passes.pruning.importance.Importance` or the name of one.
+        importance: an :class:`~fxcompress.passes.pruning.importance.Importance` or the name of one: ``"l1"``, ``"l2"``,
+            ``"filter-threshold"``, ``"batch-norm-scale"``, ``"lamp"``, ``"fpgm"`` and ``"random"`` look at weights
+            alone, ``"taylor"``, ``"hessian"``, ``"activation"`` and ``"pfp"`` at calibration data.
         round_to: the number of channels left is a multiple of this, where a group has that many.
         min_channels: as many stay in every group.
         exclude: glob patterns of paths of layers, or of modules that contain them, that keep their channels.

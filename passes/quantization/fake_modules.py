@@ -108,7 +108,7 @@ class FakeQuantizer(_Fake):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` as integers stand for it."""
-        count = max(x.numel() // max(len(x), 1), 1) if x.dim() else 1
+        count = max(math.prod(x.shape[1:]), 1)
         return self._rounded(x, self._positive(), self.zero_point, count)
 
     def by(self) -> PerTensor:

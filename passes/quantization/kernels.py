@@ -256,5 +256,7 @@ def max_pool2d(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor:
     """``torch.nn.functional.max_pool2d`` of unsigned integers, which that function does not take."""
+    if torch.compiler.is_exporting():  # other runtimes do not know the operator; the integers are exact in float32
+        return F.max_pool2d(x.float(), kernel_size, stride, padding, dilation, ceil_mode).to(x.dtype)
     result: Tensor = torch.ops.quantized.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
     return result
