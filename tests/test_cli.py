@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fxcompress
 from fxcompress import cli
 from fxcompress.cli_arguments import parse_input, read_dtype, resolve_model, split_passes
 from fxcompress.errors import UsageError
