@@ -17,6 +17,7 @@ from fxcompress.errors import (
     UsageError,
     VerificationError,
 )
+from fxcompress.order import recommended_order
 from fxcompress.pass_base import (
     Example,
     Guarantee,
@@ -27,8 +28,10 @@ from fxcompress.pass_base import (
     PassContext,
     Refusal,
     Site,
+    Stage,
 )
 from fxcompress.pipeline import PassPlan, Plan, compile, plan
+from fxcompress.presets import presets
 from fxcompress.recovery import Gradual, Rewound, Schedule, recover
 from fxcompress.registry import registered_passes
 from fxcompress.report import PassRecord, Report, report
@@ -55,12 +58,15 @@ __all__ = [
     "Rewound",
     "Schedule",
     "Site",
+    "Stage",
     "TraceError",
     "UsageError",
     "VerificationError",
     "__version__",
     "compile",
     "plan",
+    "presets",
+    "recommended_order",
     "recover",
     "registered_passes",
     "report",

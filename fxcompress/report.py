@@ -83,6 +83,10 @@ class PassRecord:
         seconds: time this pass took, calibration and verification included.
         details: one plain dict a site: node, target and what the pass says.
         warnings: what the user should know.
+        latency_before, latency_after: seconds of a call on the example inputs before and after the pass, medians;
+            ``None`` if they were not measured (see ``reject_slower`` of :func:`fxcompress.compile`).
+        rolled_back: the pass did not pay, and the graph is as it was before: no sites, sizes unchanged. The latency
+            after it is the one that it would have had.
     """
 
     name: str
@@ -103,6 +107,9 @@ class PassRecord:
     seconds: float
     details: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+    latency_before: float | None = None
+    latency_after: float | None = None
+    rolled_back: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PassRecord:
@@ -192,7 +199,12 @@ class Report:
         rows = [_row(p.name, p.guarantee, str(p.sites), str(len(p.refusals)), _error(p), p) for p in self.passes]
         rows.append(_row("total", "", "", "", "", self.total))
         headers = ["pass", "guarantee", "sites", "refusals", "error", "parameters", "MACs", "bytes", "seconds"]
-        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=["left", "left"] + ["right"] * 7)
+        if any(p.latency_before is not None for p in self.passes):
+            headers.append("latency")
+            for row, cell in zip(rows, [*map(_latency, self.passes), ""], strict=True):
+                row.append(cell)
+        align = ["left", "left", *["right"] * (len(headers) - 2)]
+        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
         cr_f = "unknown (no MACs)" if self.total.cr_f is None else f"{self.total.cr_f:.2f}%"
         lines = [table, f"CR-P {self.total.cr_p:.2f}%   CR-F {cr_f}"]
         lines += [f"{p.name}: {p.verification}" for p in self.passes if not p.verified]
@@ -219,7 +231,16 @@ def _row(name: str, guarantee: str, sites: str, refusals: str, error: str, sizes
     ]
 
 
+def _latency(record: PassRecord) -> str:
+    if record.latency_before is None or record.latency_after is None:
+        return "-"
+    text = _change(*(f"{1e3 * seconds:.3g} ms" for seconds in (record.latency_before, record.latency_after)))
+    return f"{text}, rolled back" if record.rolled_back else text
+
+
 def _error(record: PassRecord) -> str:
+    if record.rolled_back:
+        return "-"
     if not record.verified:
         return "unverified"
     return "-" if record.error is None else f"{record.error:.1e}"
