@@ -26,7 +26,7 @@ from fxcompress.errors import TraceWarning
 CALIBRATION, HELD_OUT = 64, 192
 
 _START = ["remove-identity", "fold-batch-norm"]
-_ACCURATE = "quantize:observer=min-max,rounding=adaptive"
+_INT8 = ["quantize", "lower-int8"]
 
 
 def _pruned(ratio: float) -> str:
@@ -38,25 +38,19 @@ def _alds(ratio: float) -> str:
 
 
 CANDIDATES: dict[str, list[str]] = {
+    **{f"preset {name}": passes for name, passes in fxcompress.presets().items()},
     "folded": _START,
     "bfloat16": [*_START, "cast-precision"],
-    "int8": [*_START, "quantize", "lower-int8"],
+    "int8 weights": [*_START, "quantize:activation_bits=None"],
     "int8, min-max": [*_START, "quantize:observer=min-max", "lower-int8"],
     "int8, adaptive": [*_START, "quantize:rounding=adaptive", "lower-int8"],
-    "int8, adaptive, min-max": [*_START, _ACCURATE, "lower-int8"],
-    "int8 weights, adaptive": [*_START, "quantize:activation_bits=None,rounding=adaptive"],
-    "5% pruned, int8": ["remove-identity", _pruned(0.05), "fold-batch-norm", _ACCURATE, "lower-int8"],
-    "10% pruned, int8": ["remove-identity", _pruned(0.1), "fold-batch-norm", _ACCURATE, "lower-int8"],
-    "folded, 10% pruned, int8": [*_START, _pruned(0.1), _ACCURATE, "lower-int8"],
-    "ALDS 10%, int8": [*_START, _alds(0.1), _ACCURATE, "lower-int8"],
-    "ALDS 20%, int8": [*_START, _alds(0.2), _ACCURATE, "lower-int8"],
-    "ALDS 30%, int8": [*_START, _alds(0.3), _ACCURATE, "lower-int8"],
-    "SVD 20%, int8": [*_START, "alds:ratio=0.2", _ACCURATE, "lower-int8"],
-    "10% pruned, ALDS 20%, int8": [
-        "remove-identity", _pruned(0.1), "fold-batch-norm", _alds(0.2), _ACCURATE, "lower-int8",
-    ],
-}  # fmt: skip
-"""What the presets were chosen from."""
+    "ALDS 5%, int8": [*_START, _alds(0.05), *_INT8],
+    "ALDS 10%, int8": [*_START, _alds(0.1), *_INT8],
+    "ALDS 30%, int8": [*_START, _alds(0.3), *_INT8],
+    "5% of MACs pruned, int8": ["remove-identity", _pruned(0.05), "fold-batch-norm", *_INT8],
+    "10% of MACs pruned, int8": ["remove-identity", _pruned(0.1), "fold-batch-norm", *_INT8],
+}
+"""The presets, and what they were chosen from."""
 
 
 def main() -> None:

@@ -16,11 +16,12 @@ __all__ = ["groups", "is_slower", "judged"]
 MARGIN = 0.05
 """How much slower, in parts, is slower at all."""
 
-_SECONDS, _FEWEST, _MOST = 1.0, 7, 50
+_SECONDS, _FEWEST, _MOST = 1.0, 5, 50
 
 
 def groups(passes: Sequence[Pass]) -> list[range]:
-    """Positions of passes that are judged together: one by one, but from a pass to the last that it pays with."""
+    """Positions of passes that are judged together: one by one, but from a pass to the first after it that
+    it pays with."""
     found, start = [], 0
     while start < len(passes):
         end = at = start
@@ -52,7 +53,8 @@ def judged(
     Returns:
         The records with latencies, or those of passes that were rolled back; and whether the group stays.
     """
-    if not any(record.sites for record in records) or not passes[-1].timed:
+    untimed = not passes[-1].timed or any(not p.timed and not p.pays_with for p in passes)
+    if untimed or not any(record.sites for record in records):
         return list(records), True
     times = _measured(graphs, example)
     if is_slower(times[0], times[-1]):
@@ -71,7 +73,7 @@ def _measured(graphs: Sequence[fx.GraphModule], example: Example) -> list[Latenc
     once = latency(graphs[0], example.args, example.kwargs, warmup=1, repeats=1).median
     repeats = min(_MOST, max(_FEWEST, int(_SECONDS / max(once, 1e-9))))
     calls: Mapping[str, fx.GraphModule] = {str(i): gm for i, gm in enumerate(graphs)}
-    found = compare_latency(calls, example.args, example.kwargs, warmup=3, repeats=repeats)
+    found = compare_latency(calls, example.args, example.kwargs, warmup=min(3, repeats // 5), repeats=repeats)
     return [found[name] for name in calls]
 
 

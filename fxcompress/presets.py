@@ -10,8 +10,8 @@ _START = ("remove-identity", "fold-batch-norm")
 
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "fast-cpu": (*_START, "quantize", "lower-int8"),
-    "small": (*_START, "quantize", "lower-int8"),
-    "accurate": (*_START, "quantize", "lower-int8"),
+    "small": (*_START, "alds:ratio=0.2,error=activation", "quantize", "lower-int8"),
+    "accurate": (*_START, "quantize:observer=min-max,rounding=adaptive", "lower-int8"),
 }
 
 

@@ -162,6 +162,7 @@ def _check_guarantee(chain: _Chain, before: fx.GraphModule) -> None:
         own = chain.network.tolerance > 1e-10
         assert "not proved" in record.verification, record.verification
         assert mixed or own, f"{pass_.name} was not proved: {record.verification}"
+    _check_error(chain, before, record.error)
     if pass_.guarantee is not Guarantee.EXACT:
         return
     if record.verified and record.sites:
@@ -178,6 +179,19 @@ def _check_guarantee(chain: _Chain, before: fx.GraphModule) -> None:
             inputs = double.fresh(seed, batch)
             error = relative_error(run(wide, inputs), run(found, inputs))
             assert error <= max(1e-9, double.tolerance), f"{pass_.name} is off by {error:.1e} in float64"
+
+
+def _check_error(chain: _Chain, before: fx.GraphModule, recorded: float | None) -> None:
+    """The error that was recorded is not below that on the example inputs."""
+    network, names = chain.network, [p.name for p in chain.done]
+    if recorded is None or names[-1] in ("attach-distillation", "detach-distillation"):
+        return  # these take other outputs than they leave
+    inputs = (network.args, network.kwargs)
+    expected, found = (pytree.tree_leaves(run(gm, inputs)) for gm in (before, chain.gm))
+    for a, b in zip(expected, found, strict=True):
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel():
+            error = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+            assert error <= 1.001 * recorded + 1e-4, f"{names[-1]} records {recorded:.1e} and is off by {error:.1e}"
 
 
 def _check_model(chain: _Chain) -> None:

@@ -47,6 +47,19 @@ def test_usual_chains(net: str, specs: list[str]) -> None:
     assert len(chains.check_chain(NETS[net](), specs)) == len(specs)
 
 
+@pytest.mark.filterwarnings("ignore:pass .*rolled back")
+@pytest.mark.parametrize("specs", USUAL[1:3], ids=lambda specs: " ".join(s.partition(":")[0] for s in specs))
+def test_usual_chains_where_some_are_rolled_back(specs: list[str]) -> None:
+    network = NETS["resnet"]()
+    data = network.calibration()
+    gm = fxcompress.compile(network.module, specs, network.args, calibration=data, reject_slower=True)
+    contract.check_outputs(network, gm)
+    contract.check_arithmetic(gm, network)
+    contract.check_copies(specs[-1].partition(":")[0], network, gm)
+    for record in fxcompress.report(gm).passes:
+        assert not (record.rolled_back and record.sites)
+
+
 @pytest.mark.parametrize("preset", fxcompress.presets())
 @pytest.mark.parametrize("net", ["mobilenet", "vit-encoder"])
 def test_presets(net: str, preset: str) -> None:

@@ -223,3 +223,9 @@ def test_reports_without_latencies_can_still_be_read(model: nn.Module) -> None:
             del record[new]
     (record,) = Report.from_dict(data).passes
     assert (record.latency_before, record.latency_after, record.rolled_back) == (None, None, False)
+
+
+def test_a_group_around_what_is_not_timed_is_not_judged(model: nn.Module) -> None:
+    passes = [SlowUntilFast(), ToTrain(), _FastWithSlow(), Slow()]
+    gm = fxcompress.compile(model, passes, X, reject_slower=True)
+    assert not any(r.rolled_back or r.latency_before for r in fxcompress.report(gm).passes)
