@@ -19,6 +19,7 @@ from fxcompress.errors import (
     VerificationError,
 )
 from fxcompress.exporting import export, export_onnx
+from fxcompress.order import recommended_order
 from fxcompress.pass_base import (
     Example,
     Guarantee,
@@ -29,8 +30,10 @@ from fxcompress.pass_base import (
     PassContext,
     Refusal,
     Site,
+    Stage,
 )
 from fxcompress.pipeline import PassPlan, Plan, compile, plan
+from fxcompress.presets import presets
 from fxcompress.recovery import Gradual, Rewound, Schedule, recover
 from fxcompress.registry import registered_passes
 from fxcompress.report import PassRecord, Report, report
@@ -60,6 +63,7 @@ __all__ = [
     "Schedule",
     "SerializationError",
     "Site",
+    "Stage",
     "TraceError",
     "UsageError",
     "VerificationError",
@@ -69,6 +73,8 @@ __all__ = [
     "export_onnx",
     "load",
     "plan",
+    "presets",
+    "recommended_order",
     "recover",
     "registered_passes",
     "report",

@@ -20,7 +20,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fxcompress
 from fxcompress import demo
-from fxcompress.cli_arguments import INTEGER_INPUTS_BELOW, parse_input, read_dtype, resolve_model, split_passes
+from fxcompress.cli_arguments import (
+    INTEGER_INPUTS_BELOW,
+    parse_input,
+    read_batches,
+    read_dtype,
+    resolve_model,
+    split_passes,
+)
 from fxcompress.errors import FxCompressError, UsageError
 from fxcompress.files import whole_directory, write_text
 from fxcompress.report import Report
@@ -87,7 +94,10 @@ def _compress(arguments: argparse.Namespace) -> None:
     dtype = next(own, torch.float32)
     torch.manual_seed(arguments.seed)
     inputs = tuple(parse_input(text, dtype) for text in arguments.input)
-    gm = fxcompress.compile(model, passes, inputs, progress=True)
+    data = None if arguments.calibration is None else read_batches(arguments.calibration)
+    gm = fxcompress.compile(
+        model, passes, inputs, calibration=data, reject_slower=arguments.reject_slower, progress=True
+    )
     report = fxcompress.report(gm)
     print(report)
     with whole_directory(arguments.out, (*FILES, MODEL_FILE)) as folder:
@@ -164,7 +174,20 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODULE:CALLABLE", help="what makes the model, such as mypackage.nets:small")
     parser.add_argument(
-        "--passes", required=True, metavar="NAMES", help="commas between: fold-batch-norm,other-pass:option=1,option=2"
+        "--passes",
+        required=True,
+        metavar="NAMES",
+        help="commas between: fold-batch-norm,other-pass:option=1,option=2; or a preset: "
+        + ", ".join(fxcompress.presets()),
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="data for passes that want some (presets do): what torch.save wrote of a list of batches",
+    )
+    parser.add_argument(
+        "--reject-slower", action="store_true", help="time each pass and undo those that make the model slower here"
     )
     parser.add_argument(
         "--input",

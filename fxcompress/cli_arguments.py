@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from fxcompress.errors import UsageError
 
-__all__ = ["INTEGER_INPUTS_BELOW", "parse_input", "read_dtype", "resolve_model", "split_passes"]
+__all__ = ["INTEGER_INPUTS_BELOW", "parse_input", "read_batches", "read_dtype", "resolve_model", "split_passes"]
 
 INTEGER_INPUTS_BELOW = 10
 
@@ -69,6 +70,23 @@ def parse_input(text: str, default_dtype: torch.dtype) -> torch.Tensor:
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, dtype=dtype)
     return torch.randint(0, 2 if dtype == torch.bool else INTEGER_INPUTS_BELOW, shape).to(dtype)
+
+
+def read_batches(path: Path) -> list[Any]:
+    """The batches in a file that ``torch.save`` wrote: a list of what calibration data is, or one tensor, a batch.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else.
+    """
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # of the file, the format or the unpickler
+        raise UsageError(f"--calibration {path} cannot be read: {type(error).__name__}: {error}") from error
+    if isinstance(found, torch.Tensor):
+        return [found]
+    if not isinstance(found, list) or not found:
+        raise UsageError(f"--calibration {path} holds a {type(found).__name__}, and not a list of batches")
+    return found
 
 
 def resolve_model(target: str) -> nn.Module:

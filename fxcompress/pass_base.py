@@ -21,7 +21,18 @@ from fxcompress.analysis.shapes import Shapes, shapes
 from fxcompress.errors import PreconditionError
 from fxcompress.report import PassRecord
 
-__all__ = ["Example", "Guarantee", "Need", "Observation", "Observer", "Pass", "PassContext", "Refusal", "Site"]
+__all__ = [
+    "Example",
+    "Guarantee",
+    "Need",
+    "Observation",
+    "Observer",
+    "Pass",
+    "PassContext",
+    "Refusal",
+    "Site",
+    "Stage",
+]
 
 
 class Guarantee(enum.Enum):
@@ -42,6 +53,34 @@ class Need(enum.Enum):
 
     EXAMPLE_INPUTS = "example_inputs"
     CALIBRATION = "calibration"
+
+
+class Stage(enum.IntEnum):
+    """Where a pass usually stands among others. :func:`fxcompress.recommended_order` goes by it; nothing is refused."""
+
+    CLEAN = enum.auto()
+    """Takes away what does nothing."""
+
+    FOLD = enum.auto()
+    """Merges layers."""
+
+    PRUNE = enum.auto()
+    """Removes channels."""
+
+    FACTORISE = enum.auto()
+    """Replaces layers by smaller ones."""
+
+    ADAPT = enum.auto()
+    """Measures statistics anew."""
+
+    SCALE = enum.auto()
+    """Prepares weights for rounding."""
+
+    ROUND = enum.auto()
+    """Fewer bits."""
+
+    LOWER = enum.auto()
+    """Kernels of one kind of machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +179,13 @@ class Pass:
         needs: what must be there before the pass can start.
         trainable: whether what it makes can be trained; integers cannot.
         repeat: look for sites again after a round of rewriting, until there are none (folding opens new places).
+        before, after: names of passes, installed or not, that are wrong before or after this one in one call of
+            ``compile``; it is then refused. Only for orders in which a pass fails or finds nothing.
+        why_after: why this pass comes after those that come before it, a clause for the message.
+        stage: where it usually stands; ``None`` for behind whatever it was given behind.
+        pays_with: names of passes that make what this one does pay; if one comes later, ``reject_slower`` judges all
+            from this one to that together.
+        timed: whether ``reject_slower`` measures it: not what is there for training.
     """
 
     name: ClassVar[str]
@@ -147,6 +193,12 @@ class Pass:
     needs: ClassVar[frozenset[Need]] = frozenset()
     trainable: ClassVar[bool] = True
     repeat: ClassVar[bool] = False
+    before: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[frozenset[str]] = frozenset()
+    why_after: ClassVar[str] = ""
+    stage: ClassVar[Stage | None] = None
+    pays_with: ClassVar[frozenset[str]] = frozenset()
+    timed: ClassVar[bool] = True
 
     def requires(self, context: PassContext) -> None:
         """Refuse the whole model by raising :class:`~fxcompress.errors.PreconditionError`. Read-only."""

@@ -20,9 +20,10 @@ from fxcompress.checks import check_model, non_finite_state
 from fxcompress.editing import private_copy
 from fxcompress.errors import FxCompressError, PassError, PreconditionError, UsageError
 from fxcompress.examples import as_example, check_fits
+from fxcompress.gate import groups, judged
+from fxcompress.order import in_order
 from fxcompress.pass_base import Example, Guarantee, Need, Pass
 from fxcompress.progress import Event, Progress, reporting
-from fxcompress.registry import resolve_all
 from fxcompress.report import PassRecord, RefusalRecord, Report, SiteRecord, Total, attach, detach, plain
 from fxcompress.reporting.sketch import CURVE, curves_in, sketch
 from fxcompress.trace import trace
@@ -51,6 +52,7 @@ def compile(
     example_kwargs: Mapping[str, Any] | None = None,
     calibration: Any = None,
     verify: bool = True,
+    reject_slower: bool = False,
     progress: bool | Progress | None = None,
 ) -> fx.GraphModule:
     """Record ``model`` as a graph and let ``passes`` rewrite it one after another, each step verified and recorded.
@@ -58,13 +60,18 @@ def compile(
     Args:
         model: the module to compress, which is never changed; on any device, in training or evaluation mode. A graph
             that ``compile`` returned may be given again; its report is continued.
-        passes: Pass objects, registered names, or ``"name:option=value,option=value"``; may be empty.
+        passes: Pass objects, registered names, ``"name:option=value,option=value"``, or names of
+            :func:`~fxcompress.presets`; may be empty. See :func:`~fxcompress.recommended_order`.
         example_inputs: a tensor, or a tuple or list of positional arguments, of any batch size. Without them the
             model is traced symbolically, and nothing can be verified.
         example_kwargs: keyword arguments.
         calibration: an iterable of batches, for passes that want statistics: tensors, tuples or lists of positional
             arguments, or mappings of keyword arguments; inputs only, no labels.
         verify: check the guarantee of each pass (about ten runs of the model a pass).
+        reject_slower: measure the latency of the graph before and after each pass on the example inputs, in turns, on
+            this machine as it is set up, and go back to the graph before a pass that makes it slower by more than the
+            noise and 5%. Passes that pay together, as ``quantize`` and ``lower-int8``, are judged together. The record
+            says so; what is there for training is not measured.
         progress: ``None`` for silence, ``True`` for a bar on stderr, or a function of a
             :class:`~fxcompress.progress.Event`.
 
@@ -72,7 +79,8 @@ def compile(
         A plain ``GraphModule``; :func:`fxcompress.report` gives its history.
 
     Raises:
-        UsageError: the call is wrong: no module, unknown pass or option, inputs that do not fit.
+        UsageError: the call is wrong: no module, unknown pass or option, a wrong order, inputs that do not fit,
+            ``reject_slower`` without inputs.
         TraceError: the model cannot be recorded.
         PreconditionError: a pass refuses the model; weights that are NaN or missing.
         PassError: a pass fails; the message says at which node.
@@ -81,15 +89,26 @@ def compile(
     with reporting(progress) as tell:
         start = time.perf_counter()
         job = _prepare(model, passes, example_inputs, example_kwargs, calibration, verify)
+        if reject_slower and job.example is None:
+            raise UsageError("reject_slower=True measures how long a call takes; pass `example_inputs`")
         tell(Event("trace"))
         gm, earlier = _private_graph(job)
         first = last = _measure(gm, job.example)
         graph_before = sketch(gm, first)
         records: list[PassRecord] = []
         past = () if earlier is None else earlier.passes
-        for pass_ in job.passes:
-            gm, last, record, job = _step(job, pass_, gm, last, (*past, *records), tell)
-            records.append(record)
+        for group in groups(job.passes) if reject_slower else [range(len(job.passes))]:
+            given, graphs = (gm, last, job), [gm]
+            made: list[PassRecord] = []
+            for pass_ in (job.passes[i] for i in group):
+                gm, last, record, job = _step(job, pass_, gm, last, (*past, *records, *made), tell)
+                graphs = [*graphs, gm] if reject_slower else graphs
+                made.append(record)
+            if reject_slower and job.example is not None and job.example is given[2].example:
+                tell(Event("time", job.passes[group[-1]].name))
+                made, stays = judged(job.passes[group.start : group.stop], graphs, made, job.example)
+                gm, last, job = (gm, last, job) if stays else given
+            records += made
         total = _total(first, last, time.perf_counter() - start, job.warnings)
         tell(Event("done", done=1, total=1))
     curves = tuple(curves_in(detail for record in records for detail in record.details))
@@ -105,7 +124,7 @@ def _prepare(
 ) -> _Job:
     """Check everything that can be checked before any work is done."""
     model = check_model(model)
-    resolved = tuple(resolve_all(passes))
+    resolved = tuple(in_order(passes))
     example = as_example(example_inputs, example_kwargs)
     for pass_ in resolved:
         _check_needs(pass_, example, calibration)

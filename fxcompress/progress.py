@@ -18,7 +18,8 @@ class Event:
     """One step of the work.
 
     Attributes:
-        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"``, ``"recover"`` or ``"done"``.
+        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"``, ``"time"``,
+            ``"recover"`` or ``"done"``.
         pass_name: the pass it is for; ``None`` for ``"trace"``, ``"recover"`` and ``"done"``.
         done: how much of this stage is done: batches of ``"calibrate"``, sites of ``"rewrite"``, steps of
             ``"recover"``.
@@ -26,7 +27,7 @@ class Event:
         note: how it goes, in words: the loss of ``"recover"``.
     """
 
-    stage: Literal["trace", "calibrate", "sites", "rewrite", "verify", "recover", "done"]
+    stage: Literal["trace", "calibrate", "sites", "rewrite", "verify", "time", "recover", "done"]
     pass_name: str | None = None
     done: int = 0
     total: int | None = None

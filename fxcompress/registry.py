@@ -9,14 +9,15 @@ import enum
 import types
 import typing
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib import metadata
 from typing import Any, Literal, Union
 
 from fxcompress.errors import FxCompressError, UsageError
-from fxcompress.pass_base import Guarantee, Pass
+from fxcompress.pass_base import Guarantee, Pass, Stage
+from fxcompress.presets import PRESETS
 
-__all__ = ["GROUP", "registered_passes", "resolve", "resolve_all"]
+__all__ = ["GROUP", "expanded", "registered_passes", "resolve", "resolve_all"]
 
 GROUP = "fxcompress.passes"
 
@@ -49,6 +50,8 @@ def _entries() -> dict[str, metadata.EntryPoint]:
                 f"the pass name {entry.name!r} is registered twice, by {_origin(entries[entry.name])} and by "
                 f"{_origin(entry)}; uninstall one of them"
             )
+        if entry.name in PRESETS:
+            raise UsageError(f"{_origin(entry)} registers a pass {entry.name!r}, which is the name of a preset")
         entries[entry.name] = entry
     if not any(entry.value.startswith("fxcompress.passes.") for entry in entries.values()):
         raise UsageError(
@@ -80,17 +83,36 @@ def _load(entry: metadata.EntryPoint) -> type[Pass]:
     return loaded
 
 
+def expanded(passes: Any) -> list[Any]:
+    """A list of whatever :func:`resolve` takes, from such a list or one of them by itself, with presets written out.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(passes, (str, Pass, type)):
+        passes = [passes]
+    if not isinstance(passes, Sequence):
+        raise UsageError(f"`passes` is a list of Pass objects and names, not {type(passes).__name__}")
+    return [one for spec in passes for one in _written_out(spec)]
+
+
+def _written_out(spec: Any) -> Sequence[Any]:
+    name, colon, _ = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    found = PRESETS.get(name.strip())
+    if found is not None and colon:
+        raise UsageError(
+            f"{name.strip()!r} is a preset and has no options; take its passes, {', '.join(found)}, and change those"
+        )
+    return (spec,) if found is None else found
+
+
 def resolve_all(passes: Any) -> list[Pass]:
-    """A list of whatever :func:`resolve` takes, or one of them by itself.
+    """The passes that a list means, or one by itself; presets are written out.
 
     Raises:
         UsageError: as in :func:`resolve`.
     """
-    if isinstance(passes, (str, Pass, type)):
-        return [resolve(passes)]
-    if not isinstance(passes, Sequence):
-        raise UsageError(f"`passes` is a list of Pass objects and names, not {type(passes).__name__}")
-    return [resolve(spec) for spec in passes]
+    return [resolve(spec) for spec in expanded(passes)]
 
 
 def resolve(spec: Any) -> Pass:
@@ -120,8 +142,12 @@ def resolve(spec: Any) -> Pass:
 def _from_name(name: str, options: str) -> Pass:
     entries = _entries()
     if name not in entries:
-        near = difflib.get_close_matches(name.replace("_", "-").lower(), entries, n=1, cutoff=0.0)
-        raise UsageError(f"there is no pass {name!r}; did you mean {near[0]!r}? Passes: {', '.join(sorted(entries))}")
+        known = [*entries, *PRESETS]
+        near = difflib.get_close_matches(name.replace("_", "-").lower(), known, n=1, cutoff=0.0)
+        raise UsageError(
+            f"there is no pass {name!r}; did you mean {near[0]!r}? Passes: {', '.join(sorted(entries))}; "
+            f"presets: {', '.join(PRESETS)}"
+        )
     return _build(_load(entries[name]), dict(_assignment(name, text) for text in _split(options)))
 
 
@@ -154,6 +180,12 @@ def _check_contract(cls: type[Pass]) -> None:
         raise UsageError(f"{cls.__qualname__} must be decorated with @dataclasses.dataclass(frozen=True)")
     if not isinstance(getattr(cls, "name", None), str) or not isinstance(getattr(cls, "guarantee", None), Guarantee):
         raise UsageError(f"{cls.__qualname__} needs the class attributes `name` (a str) and `guarantee` (a Guarantee)")
+    for attribute in ("before", "after", "pays_with"):
+        names = getattr(cls, attribute)
+        if not isinstance(names, Set) or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"{cls.__qualname__}.{attribute} is a set of names of passes, not {names!r}")
+    if cls.stage is not None and not isinstance(cls.stage, Stage):
+        raise UsageError(f"{cls.__qualname__}.stage is an fxcompress.Stage or None, not {cls.stage!r}")
 
 
 def _build(cls: type[Pass], texts: Mapping[str, str]) -> Pass:

@@ -257,7 +257,12 @@ class Report:
         rows = [_row(p.name, p.guarantee, str(p.sites), str(len(p.refusals)), _error(p), p) for p in self.passes]
         rows.append(_row("total", "", "", "", "", self.total))
         headers = ["pass", "guarantee", "sites", "refusals", "error", "parameters", "MACs", "bytes", "seconds"]
-        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=["left", "left"] + ["right"] * 7)
+        if any(p.latency_before is not None for p in self.passes):
+            headers.append("latency")
+            for row, cell in zip(rows, [*map(_latency, self.passes), ""], strict=True):
+                row.append(cell)
+        align = ["left", "left", *["right"] * (len(headers) - 2)]
+        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
         cr_f = "unknown (no MACs)" if self.total.cr_f is None else f"{self.total.cr_f:.2f}%"
         lines = [table, f"CR-P {self.total.cr_p:.2f}%   CR-F {cr_f}"]
         lines += [f"{p.name}: {p.verification}" for p in self.passes if not p.verified]
@@ -284,7 +289,16 @@ def _row(name: str, guarantee: str, sites: str, refusals: str, error: str, sizes
     ]
 
 
+def _latency(record: PassRecord) -> str:
+    if record.latency_before is None or record.latency_after is None:
+        return "-"
+    text = _change(*(f"{1e3 * seconds:.3g} ms" for seconds in (record.latency_before, record.latency_after)))
+    return f"{text}, rolled back" if record.rolled_back else text
+
+
 def _error(record: PassRecord) -> str:
+    if record.rolled_back:
+        return "-"
     if not record.verified:
         return "unverified"
     return "-" if record.error is None else f"{record.error:.1e}"

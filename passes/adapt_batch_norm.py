@@ -36,7 +36,7 @@ from fxcompress.analysis.inputs import bind_inputs
 from fxcompress.analysis.running import GraphRunner, SteppedRun, copied, undisturbed
 from fxcompress.calibration import check_batch, checked
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.pass_base import Example, Guarantee, Need, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Example, Guarantee, Need, Pass, PassContext, Refusal, Site, Stage
 
 __all__ = ["AdaptBatchNorm", "ChannelMoments"]
 
@@ -107,6 +107,8 @@ class AdaptBatchNorm(Pass):
     name: ClassVar[str] = "adapt-batch-norm"
     guarantee: ClassVar[Guarantee] = Guarantee.RETRAIN
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CALIBRATION})
+    before: ClassVar[frozenset[str]] = frozenset({"fold-batch-norm"})
+    stage: ClassVar[Stage] = Stage.ADAPT
 
     mode: str = "sequential"
 

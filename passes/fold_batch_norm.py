@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxcompress import editing, matching
 from fxcompress.layers import as_stored, by_group, channel_counts
-from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site, Stage
 
 __all__ = ["FoldBatchNorm"]
 
@@ -66,6 +66,9 @@ class FoldBatchNorm(Pass):
     name: ClassVar[str] = "fold-batch-norm"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     repeat: ClassVar[bool] = True
+    before: ClassVar[frozenset[str]] = frozenset({"fake-quantize", "quantize", "lower-int8"})
+    why_after: ClassVar[str] = "a batch norm that is folded has no statistics left"
+    stage: ClassVar[Stage] = Stage.FOLD
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """Batch norms in graph order. A layer takes in one a round; what waits for it is neither site nor refusal."""

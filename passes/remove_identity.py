@@ -28,7 +28,7 @@ from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.analysis.sizes import Sizes, reshape_arguments
 from fxcompress.modules import StochasticDepth
-from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Pass, PassContext, Refusal, Site, Stage
 
 __all__ = ["RemoveIdentity"]
 
@@ -90,6 +90,7 @@ class RemoveIdentity(Pass):
     name: ClassVar[str] = "remove-identity"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     repeat: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.CLEAN
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """In graph order; see the module docstring for what is refused."""

@@ -187,6 +187,38 @@ def test_several_inputs_and_dtypes() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_preset_with_calibration_data(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save([torch.randn(2, 3, 8, 8) for _ in range(3)], "data.pt")
+    words = ("--passes", "fast-cpu", "--input", "2,3,8,8", "--out", "out")
+    assert compress("factories:Nets.conv", *words, "--calibration", "data.pt", "--reject-slower") == 0
+    data = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
+    passes = fxcompress.presets()["fast-cpu"]
+    assert [record["name"] for record in data["passes"]] == [p.partition(":")[0] for p in passes]
+    assert any(record["latency_before"] for record in data["passes"])
+    assert "latency" in capsys.readouterr().out
+    assert torch.export.load("out/model.pt2").module()(torch.randn(3, 3, 8, 8)).shape == (3, 8, 6, 6)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), (3, "holds a int, and not a list of batches"), ([], "holds a")]
+)
+def test_calibration_data_that_is_none(content: object, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        torch.save(content, "data.pt")
+    words = ("--passes", "quantize", "--input", "2,3,8,8", "--out", "out", "--calibration", "data.pt")
+    assert compress("factories:Nets.conv", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_tensor_is_one_batch() -> None:
+    torch.save(torch.randn(4, 3, 8, 8), "data.pt")
+    words = ("--passes", "adapt-batch-norm", "--input", "2,3,8,8", "--out", "out", "--calibration", "data.pt")
+    assert compress("factories:Nets.conv", *words) == 0
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.filterwarnings("ignore::fxcompress.errors.TraceWarning")
 def test_a_model_of_one_batch_size_is_exported_at_that_size() -> None:
     assert (
@@ -202,6 +234,8 @@ def test_a_model_of_one_batch_size_is_exported_at_that_size() -> None:
     ("words", "message"),
     [
         (("factories:Nets.conv", "--passes", "fold-batchnorm", "--input", "1,3,8,8"), "fold-batch-norm"),
+        (("factories:Nets.conv", "--passes", "fast", "--input", "1,3,8,8"), "did you mean 'fast-cpu'"),
+        (("factories:Nets.conv", "--passes", "lower-int8,quantize", "--input", "1,3,8,8"), "The right order: quantize"),
         (("factories:Nets.conv", "--passes", "fold-batch-norm", "--input", "1,3,eight,8"), "--input"),
         (("factories:Nets.conv", "--passes", "fold-batch-norm", "--input", "1,3,8,8", "--dtype", "int8"), "int8"),
         (("factories:Nets.conv", "--passes", "fold-batch-norm", "--input", "1,4,8,8"), "4"),

@@ -45,6 +45,8 @@ class AttachDistillation(StudentPass):
     name: ClassVar[str] = "attach-distillation"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    before: ClassVar[frozenset[str]] = frozenset({"detach-distillation"})
+    timed: ClassVar[bool] = False
 
     teacher: nn.Module | Sequence[nn.Module] | None = None
     losses: Sequence[DistillationLoss] = ()

@@ -33,6 +33,8 @@ class DetachDistillation(StudentPass):
 
     name: ClassVar[str] = "detach-distillation"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    why_after: ClassVar[str] = "it takes out what 'attach-distillation' puts in (to exchange teachers, compile twice)"
+    timed: ClassVar[bool] = False
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`: the output, if there is distillation in the graph."""

@@ -14,7 +14,7 @@ from fxcompress.errors import UsageError
 from fxcompress.passes.distillation.losses import DistillationLoss
 from fxcompress.storable import storable
 
-__all__ = ["ADDED", "GIVEN", "HOLDER", "LABELS", "Distillation", "Teacher", "Term", "holder_of"]
+__all__ = ["ADDED", "GIVEN", "HOLDER", "LABELS", "Distillation", "Teacher", "Term", "holder_of", "own_dtype"]
 
 HOLDER = "distillation"
 """Where it lies in the student's graph."""
@@ -42,6 +42,12 @@ def holder_of(gm: nn.Module) -> Distillation | None:
     return found if isinstance(found, Distillation) else None
 
 
+def own_dtype(network: nn.Module) -> torch.dtype | None:
+    """The dtype that ``network`` computes in: of its parameters, or of its buffers if it has none."""
+    tensors = (*network.parameters(), *network.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+
 @storable
 class Teacher(nn.Module):
     """One network, or several whose outputs are averaged, that are never trained.
@@ -67,7 +73,7 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The outputs, the mean over the networks."""
         with torch.no_grad():
-            dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+            dtype = own_dtype(self)
 
             def own(x: Any) -> Any:
                 if not isinstance(x, Tensor):

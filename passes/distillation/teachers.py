@@ -15,7 +15,7 @@ from fxcompress.analysis.shapes import Shapes, TensorSpec
 from fxcompress.errors import FxCompressError, PreconditionError, UsageError
 from fxcompress.examples import map_tensors
 from fxcompress.pass_base import Example
-from fxcompress.passes.distillation.fused import holder_of
+from fxcompress.passes.distillation.fused import holder_of, own_dtype
 from fxcompress.passes.distillation.reading import output_node
 from fxcompress.passes.distillation.taps import resolve_tap
 from fxcompress.trace import trace
@@ -46,7 +46,7 @@ def recorded(teacher: nn.Module, example: Example, name: str) -> tuple[fx.GraphM
 
 
 def _in_dtype_of(network: nn.Module, example: Example) -> Example:
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+    dtype = own_dtype(network)
     tensors = [t for _, t in tensor_leaves((example.args, example.kwargs)) if t.is_floating_point()]
     if dtype is None or all(t.dtype is dtype for t in tensors):
         return example

@@ -24,7 +24,7 @@ from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.calibration import check_batch
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.matching import check_patterns, check_patterns_match
-from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import ERRORS, Activation, ErrorMeasure
 from fxcompress.passes.low_rank.folding import SCHEMES, Folding
@@ -75,6 +75,8 @@ class Alds(Pass):
     name: ClassVar[str] = "alds"
     guarantee: ClassVar[Guarantee] = Guarantee.RETRAIN
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    before: ClassVar[frozenset[str]] = frozenset({"fake-quantize", "quantize", "lower-int8"})
+    stage: ClassVar[Stage] = Stage.FACTORISE
 
     ratio: float = 0.5
     measure: Literal["params", "macs", "latency"] = "params"

@@ -31,7 +31,7 @@ from torch import fx
 from fxcompress import matching
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.matching import check_patterns, check_patterns_match
-from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.precision.emission import Emission
 from fxcompress.passes.precision.placement import Survey, specs
 from fxcompress.passes.precision.rules import Kind, kind_of, operation
@@ -70,6 +70,9 @@ class CastPrecision(Pass):
     name: ClassVar[str] = "cast-precision"
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    after: ClassVar[frozenset[str]] = frozenset({"quantize"})
+    why_after: ClassVar[str] = "layers that compute in half precision have no integer kernels"
+    stage: ClassVar[Stage] = Stage.ROUND
 
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     keep: tuple[str, ...] = ()

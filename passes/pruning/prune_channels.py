@@ -19,7 +19,7 @@ from fxcompress.analysis.channels import ChannelGroups, Group, channel_groups
 from fxcompress.analysis.cost import cost
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.matching import check_patterns, check_patterns_match, matches_path
-from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.pruning.budget import Budget
 from fxcompress.passes.pruning.importance import IMPORTANCES, Importance
 from fxcompress.passes.pruning.reconstruct import Reconstruction
@@ -54,6 +54,8 @@ class PruneChannels(Pass):
     name: ClassVar[str] = "prune-channels"
     guarantee: ClassVar[Guarantee] = Guarantee.RETRAIN
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    before: ClassVar[frozenset[str]] = frozenset({"fake-quantize", "quantize", "lower-int8"})
+    stage: ClassVar[Stage] = Stage.PRUNE
 
     ratio: float = 0.5
     measure: Literal["channels", "params", "macs"] = "channels"

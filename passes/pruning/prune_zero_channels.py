@@ -25,7 +25,7 @@ from torch import fx, nn
 from fxcompress.analysis.channels import ChannelGroups, channel_groups
 from fxcompress.matching import name_of_call
 from fxcompress.modules import ScaledDotProductAttention
-from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.pruning.known_running import constants_of
 from fxcompress.passes.pruning.needless import Fold, Needless, find_needless
 from fxcompress.passes.pruning.surgery import Surgery
@@ -50,6 +50,8 @@ class PruneZeroChannels(Pass):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
     repeat: ClassVar[bool] = True
+    before: ClassVar[frozenset[str]] = frozenset({"fake-quantize", "quantize", "lower-int8"})
+    stage: ClassVar[Stage] = Stage.PRUNE
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`: one site for each node that has to change. Heads of attentions first, then parts of

@@ -21,7 +21,7 @@ from typing import ClassVar
 from fxcompress.errors import UsageError
 from fxcompress.layers import LAYERS, called_layers, paths_of
 from fxcompress.matching import check_patterns, check_patterns_match
-from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.quantization.balancing import Balance
 from fxcompress.passes.quantization.scaling import rescale, stream_sites
 from fxcompress.passes.quantization.streams import find_streams
@@ -52,6 +52,8 @@ class EqualizeLayers(Pass):
     name: ClassVar[str] = "equalize-layers"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    before: ClassVar[frozenset[str]] = frozenset({"fake-quantize", "quantize", "lower-int8"})
+    stage: ClassVar[Stage] = Stage.SCALE
 
     powers_of_two: bool = True
     iterations: int = 1000

@@ -13,7 +13,7 @@ from fxcompress import editing, matching
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.errors import PreconditionError
 from fxcompress.layers import CalledLayer, Layer
-from fxcompress.pass_base import Guarantee, Need, Observation, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Observation, PassContext, Refusal, Site, Stage
 from fxcompress.passes.quantization.deciding import Found, RoundingPass
 from fxcompress.passes.quantization.emission import convert_weight, write_fake_layer
 from fxcompress.passes.quantization.fake_modules import FakeQuantizer, WeightFakeQuantizer
@@ -48,6 +48,11 @@ class FakeQuantize(RoundingPass):
     name: ClassVar[str] = "fake-quantize"
     guarantee: ClassVar[Guarantee] = Guarantee.RETRAIN
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
+    before: ClassVar[frozenset[str]] = frozenset({"quantize", "lower-int8"})
+    why_after: ClassVar[str] = "layers that round their weights are not found as layers any more"
+    stage: ClassVar[Stage] = Stage.ROUND
+    pays_with: ClassVar[frozenset[str]] = frozenset({"quantize"})
+    timed: ClassVar[bool] = False
 
     learned: bool = False
 

@@ -15,7 +15,7 @@ import torch
 
 from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.shapes import TensorSpec
-from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.quantization.kernels import unavailable
 from fxcompress.passes.quantization.lowering_between import Moved, Reshaped, Rounded, Shifted
 from fxcompress.passes.quantization.lowering_layers import EIGHT_BITS, FoundLayers, LayerLowering
@@ -46,6 +46,9 @@ class LowerInt8(Pass):
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
     trainable: ClassVar[bool] = False
+    after: ClassVar[frozenset[str]] = frozenset({"quantize"})
+    why_after: ClassVar[str] = "it acts on integer weights, and leaves kernels where layers were"
+    stage: ClassVar[Stage] = Stage.LOWER
 
     def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
         """See :meth:`Pass.sites`: layers, then what is between them."""

@@ -19,7 +19,7 @@ from fxcompress.analysis.moments import Moments, MomentsObserver
 from fxcompress.analysis.patches import READABLE
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.layers import CalledLayer, Layer
-from fxcompress.pass_base import Guarantee, Need, Observation, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Observation, PassContext, Refusal, Site, Stage
 from fxcompress.passes.quantization.deciding import Found, RoundingPass
 from fxcompress.passes.quantization.embeddings import EmbeddingRounding
 from fxcompress.passes.quantization.emission import write_layer
@@ -63,6 +63,9 @@ class Quantize(RoundingPass):
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS})
     trainable: ClassVar[bool] = False
+    why_after: ClassVar[str] = "layers with integer weights are not found as layers any more"
+    stage: ClassVar[Stage] = Stage.ROUND
+    pays_with: ClassVar[frozenset[str]] = frozenset({"lower-int8"})
 
     without_data: ClassVar[str] = "dynamic=True or activation_bits=None"
 

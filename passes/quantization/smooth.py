@@ -25,7 +25,7 @@ from torch import Tensor
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.layers import LAYERS, CalledLayer, called_layers, paths_of
 from fxcompress.matching import check_patterns, check_patterns_match
-from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site
+from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.quantization.balancing import Balance, Reals
 from fxcompress.passes.quantization.scaling import rescale, stream_sites
 from fxcompress.passes.quantization.streams import NORMS, Part, Streams, find_streams
@@ -87,6 +87,8 @@ class SmoothQuant(Pass):
     name: ClassVar[str] = "smooth-quant"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EXAMPLE_INPUTS, Need.CALIBRATION})
+    before: ClassVar[frozenset[str]] = frozenset({"fake-quantize", "quantize", "lower-int8"})
+    stage: ClassVar[Stage] = Stage.SCALE
 
     alpha: float = 0.5
     layers: bool = True

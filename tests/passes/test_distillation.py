@@ -357,3 +357,12 @@ def test_in_another_dtype() -> None:
         output, _, loss = gm(X.double())
     assert output.dtype is torch.float64
     assert loss.dtype is torch.float64
+
+
+def test_a_teacher_without_parameters_has_the_dtype_of_its_buffers() -> None:
+    teacher, x = nn.BatchNorm1d(4, affine=False).eval(), torch.randn(5, 4)
+    student = nn.Linear(4, 4).eval()
+    gm = fxcompress.compile(student, [AttachDistillation(teacher, [SoftTargets()])], x)
+    assert "float64 rerun" in fxcompress.report(gm).passes[-1].verification
+    gm = fxcompress.compile(student.double(), [AttachDistillation(teacher, [SoftTargets()])], x.double())
+    assert gm(x.double())[2].isfinite()
