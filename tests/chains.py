@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,7 +27,7 @@ from fxcompress.double import default_float64, double_graph
 from fxcompress.passes.distillation import AttachDistillation, SoftTargets
 from fxcompress.registry import resolve
 from tests import contract
-from tests.networks import Inputs, Network, assert_same_structure, relative_error, run
+from tests.networks import Inputs, Network, assert_same_structure, relative_error, run, shells
 
 __all__ = ["OPTIONS", "chains", "check_chain", "check_compiled"]
 
@@ -237,8 +240,17 @@ def _pickled(gm: fx.GraphModule) -> fx.GraphModule:
     return pickle.loads(pickle.dumps(gm))  # type: ignore[no-any-return]
 
 
-COPIES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {"deepcopy": copy.deepcopy, "pickle": _pickled}
-"""Ways in which a graph comes back the same. Saving and loading joins them by a line here."""
+def _saved(gm: fx.GraphModule) -> fx.GraphModule:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "loading this graph will take trusted")
+        fxcompress.save(gm, Path(folder) / "saved")
+        return fxcompress.load(Path(folder) / "saved", trusted=(shells.Output, shells.Pair))
+
+
+COPIES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
+    "deepcopy": copy.deepcopy, "pickle": _pickled, "save and load": _saved,
+}  # fmt: skip
+"""Ways in which a graph comes back the same."""
 
 
 # ------------------------------------------------------------------------------------------------- ways out
