@@ -553,6 +553,56 @@ def test_lowering_keeps_what_the_reference_gives(late: bool, symmetric: bool) ->
     assert {"integers", None} >= {d["adds"] for d in record.details if d["op"] == "layer"} - {"reals"}
 
 
+class Joined(nn.Module):
+    """Reads what a sum took, and its kernel would write to, again by something that moves integers (as in DLA)."""
+
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        self.join = join
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.first = nn.Conv2d(8, 8, 3, 1, 1)
+        self.second = nn.Conv2d(8, 8, 3, 1, 1)
+        self.last = nn.Conv2d(16 if join == "cat" else 8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = (self.second(self.first(x).relu()) + x).relu()
+        if self.join == "cat":
+            return self.last(torch.cat([y, x], 1))
+        if self.join == "pool":
+            return self.last(y)[:, :, :3, :3] + self.last(F.max_pool2d(x, 2, 1))[:, :, :3, :3]
+        return self.last(y) + x.sin()[:, :4, 1:-1, 1:-1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("join", ["cat", "pool", "reals"])
+def test_no_kernel_writes_over_what_is_read_later(join: str) -> None:
+    torch.manual_seed(0)
+    reference = compiled(Joined(join), [Quantize()])
+    lowered = compiled(reference, [LowerInt8()])
+    adds = {d["module"]: d["adds"] for d in fxcompress.report(lowered).passes[-1].details if d["op"] == "layer"}
+    assert adds["second"] == "integers"
+    x = data(1, seed=7)[0]
+    assert float((lowered(x) - reference(x)).norm() / reference(x).norm()) < 0.03
+
+
+@needs_kernels
+@pytest.mark.parametrize("made", [None, PerTensor(0.5, 128, Grid(0, 255, torch.uint8))])
+def test_what_a_linear_kernel_adds_may_lie_in_memory_in_any_way(made: PerTensor | None) -> None:
+    """oneDNN reads a copy that it has given back already; memory that is written to in between shows it."""
+    torch.manual_seed(0)
+    reference = compiled(nn.Sequential(nn.Linear(16, 8)), [Quantize()], [torch.randn(4, 16)])
+    given = PerTensor(0.02, 128, Grid(0, 255, torch.uint8))
+    layer = Int8Linear(reference.get_submodule("0"), given, made, PostOp(), adds=True)
+    x = torch.randint(0, 256, (64, 7, 16), dtype=torch.uint8)
+    for added in (torch.randn(7, 64, 8).transpose(0, 1), torch.randn(64, 8, 7).mT, torch.randn(64, 7, 16)[..., ::2]):
+        expected = layer.reference(x, added)
+        for _ in range(5):
+            found = layer(x, added)
+            torch.full((64 * 7 * 8,), float("nan"))
+            assert torch.allclose(found.float(), expected.float(), atol=1.0 if made else 1e-3)
+
+
 @needs_kernels
 @pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"activation_bits": None}])
 def test_integer_kernels_multiply_as_much(options: dict[str, Any]) -> None:
