@@ -116,7 +116,9 @@ class FoundLayers:
         self.on_reals: list[fx.Node] = []
         layers = []
         for node in context.gm.graph.nodes:
-            if not matching.is_call(node, ("linear", *_CONVOLUTIONS)) or not is_weight_dequantize(node.args[1]):
+            if not matching.is_call(node, ("linear", *_CONVOLUTIONS)):
+                continue
+            if not is_weight_dequantize(matching.argument(node, 1, "weight", None)):
                 continue
             if reason := self._obstacle(node):
                 self.refusals.append(Refusal(node, reason))

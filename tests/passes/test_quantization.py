@@ -586,6 +586,33 @@ def test_no_kernel_writes_over_what_is_read_later(join: str) -> None:
     assert float((lowered(x) - reference(x)).norm() / reference(x).norm()) < 0.03
 
 
+class Positions(nn.Module):
+    """Adds a table that is as large as an example of one, and no larger for more (as in PiT); then a layer of a weight
+    that is computed, given by name."""
+
+    def __init__(self, image: bool) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4) if image else nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(1, 8, 2, 2) if image else torch.randn(1, 8, 8))
+        self.table_of = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.patches(x) + self.table).relu()
+        return F.linear(input=y.flatten(2).mean(2), weight=self.table_of.tanh())
+
+
+@needs_kernels
+@pytest.mark.parametrize("image", [True, False])
+def test_what_is_added_to_a_batch_of_one_may_be_smaller_than_other_batches(image: bool) -> None:
+    torch.manual_seed(0)
+    shape = (3, 8, 8) if image else (8, 8)
+    reference = compiled(Positions(image), ["quantize"], [torch.randn(1, *shape) for _ in range(8)])
+    lowered = compiled(reference, ["lower-int8"], [torch.randn(1, *shape)])
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, *shape)
+        assert float((lowered(x) - reference(x)).norm() / reference(x).norm()) < 0.03
+
+
 @needs_kernels
 @pytest.mark.parametrize("made", [None, PerTensor(0.5, 128, Grid(0, 255, torch.uint8))])
 def test_what_a_linear_kernel_adds_may_lie_in_memory_in_any_way(made: PerTensor | None) -> None:
