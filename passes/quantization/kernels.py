@@ -218,6 +218,7 @@ class Int8Linear(Int8Layer):
             result = _ONEDNN.qlinear_pointwise.default(*inputs, self.bias, *output, *after)
         else:
             added = (*self._added, "add", 1.0)
+            other = other.contiguous()  # of another the kernel makes a copy, and reads it after giving it back
             result = _ONEDNN.qlinear_pointwise.binary(*inputs, other, self.bias, *output, *added, *after)
         return result
 

@@ -116,7 +116,9 @@ class FoundLayers:
         self.on_reals: list[fx.Node] = []
         layers = []
         for node in context.gm.graph.nodes:
-            if not matching.is_call(node, ("linear", *_CONVOLUTIONS)) or not is_weight_dequantize(node.args[1]):
+            if not matching.is_call(node, ("linear", *_CONVOLUTIONS)):
+                continue
+            if not is_weight_dequantize(matching.argument(node, 1, "weight", None)):
                 continue
             if reason := self._obstacle(node):
                 self.refusals.append(Refusal(node, reason))
@@ -185,13 +187,17 @@ class FoundLayers:
         assert isinstance(source, fx.Node)
         if not is_quantize(source) or is_view(self._context, source.args[0]):
             return True
-        mine, now = self._runs_at, self._position[draft.last]
-        for reader in {reader for reals in source.users for reader in reals.users}:
-            if is_view(self._context, reader):
-                return True
-            if mine.get(reader, -1) >= now and other not in reader.all_input_nodes:
-                return True
-        return sum(mine.get(reader, -1) >= now for reader in other.users) > 1
+        now = self._position[draft.last]
+        readers = [(reals, reader) for reals in source.users for reader in reals.users if reader is not draft.addition]
+        return any(is_view(self._context, n) or self._read_at(reals, n) >= now for reals, n in readers)
+
+    def _read_at(self, reals: fx.Node, reader: fx.Node) -> int:
+        """Where in the lowered graph the integers behind ``reals`` are read for ``reader``, at the latest."""
+        if reader in self._runs_at:
+            return self._runs_at[reader]
+        # What moves integers is done where its result is rounded; what reads real numbers has them from ``reals``.
+        rounds = [self._position[n] for n in reader.users if is_quantize(n)]
+        return max(rounds, default=self._position[reals])
 
 
 def put_kernel(gm: fx.GraphModule, layer: fx.Node, module: IntegerLayer) -> str:

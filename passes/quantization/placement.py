@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch import fx, nn
 from fxcompress import matching
 from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.running import undisturbed
-from fxcompress.analysis.shapes import TensorSpec
+from fxcompress.analysis.shapes import Shapes, TensorSpec, shapes
 from fxcompress.editing import is_inplace
+from fxcompress.examples import with_larger_batch
 from fxcompress.modules import StochasticDepth
 from fxcompress.pass_base import PassContext
 from fxcompress.passes.quantization.vocabulary import REAL_DTYPES
@@ -142,7 +144,7 @@ def _is_activation(context: PassContext, node: fx.Node) -> bool:
 
 
 def _added(context: PassContext, node: fx.Node, to: fx.Node) -> fx.Node | None:
-    """What ``node`` adds to ``to``, element by element, both of the same shape."""
+    """What ``node`` adds to ``to``, element by element, both of the same shape whatever the batch size."""
     if not matching.is_call(node, ("add", "iadd", "add_")) or len(node.args) != 2 or node.kwargs:
         return None
     others = [a for a in node.args if isinstance(a, fx.Node) and a is not to]
@@ -151,7 +153,26 @@ def _added(context: PassContext, node: fx.Node, to: fx.Node) -> fx.Node | None:
     specs = [context.shapes[n] for n in (to, others[0])]
     if not all(isinstance(s, TensorSpec) for s in specs) or specs[0] != specs[1]:
         return None
+    if 1 in specs[0].shape:  # a table of positions, say, is as large as an example of one only
+        larger = _of_larger_batch(context)
+        if larger is not None and larger[to] != larger[others[0]]:
+            return None
     return others[0]
+
+
+_LARGER: weakref.WeakKeyDictionary[PassContext, Shapes | None] = weakref.WeakKeyDictionary()
+
+
+def _of_larger_batch(context: PassContext) -> Shapes | None:
+    """What ``context.shapes`` would be with a batch larger by one; ``None`` if the graph runs on none."""
+    if context not in _LARGER:
+        assert context.example is not None, "its shapes were asked for"
+        example = with_larger_batch(context.gm, context.example, seed=0)
+        try:
+            _LARGER[context] = None if example is None else shapes(context.gm, example.args, example.kwargs)
+        except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
+            _LARGER[context] = None
+    return _LARGER[context]
 
 
 def chain_of(context: PassContext, layer: fx.Node, *, adds: bool = True) -> Chain:

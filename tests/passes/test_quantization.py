@@ -553,6 +553,83 @@ def test_lowering_keeps_what_the_reference_gives(late: bool, symmetric: bool) ->
     assert {"integers", None} >= {d["adds"] for d in record.details if d["op"] == "layer"} - {"reals"}
 
 
+class Joined(nn.Module):
+    """Reads what a sum took, and its kernel would write to, again by something that moves integers (as in DLA)."""
+
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        self.join = join
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.first = nn.Conv2d(8, 8, 3, 1, 1)
+        self.second = nn.Conv2d(8, 8, 3, 1, 1)
+        self.last = nn.Conv2d(16 if join == "cat" else 8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = (self.second(self.first(x).relu()) + x).relu()
+        if self.join == "cat":
+            return self.last(torch.cat([y, x], 1))
+        if self.join == "pool":
+            return self.last(y)[:, :, :3, :3] + self.last(F.max_pool2d(x, 2, 1))[:, :, :3, :3]
+        return self.last(y) + x.sin()[:, :4, 1:-1, 1:-1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("join", ["cat", "pool", "reals"])
+def test_no_kernel_writes_over_what_is_read_later(join: str) -> None:
+    torch.manual_seed(0)
+    reference = compiled(Joined(join), [Quantize()])
+    lowered = compiled(reference, [LowerInt8()])
+    adds = {d["module"]: d["adds"] for d in fxcompress.report(lowered).passes[-1].details if d["op"] == "layer"}
+    assert adds["second"] == "integers"
+    x = data(1, seed=7)[0]
+    assert float((lowered(x) - reference(x)).norm() / reference(x).norm()) < 0.03
+
+
+class Positions(nn.Module):
+    """Adds a table that is as large as an example of one, and no larger for more (as in PiT); then a layer of a weight
+    that is computed, given by name."""
+
+    def __init__(self, image: bool) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4) if image else nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(1, 8, 2, 2) if image else torch.randn(1, 8, 8))
+        self.table_of = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.patches(x) + self.table).relu()
+        return F.linear(input=y.flatten(2).mean(2), weight=self.table_of.tanh())
+
+
+@needs_kernels
+@pytest.mark.parametrize("image", [True, False])
+def test_what_is_added_to_a_batch_of_one_may_be_smaller_than_other_batches(image: bool) -> None:
+    torch.manual_seed(0)
+    shape = (3, 8, 8) if image else (8, 8)
+    reference = compiled(Positions(image), ["quantize"], [torch.randn(1, *shape) for _ in range(8)])
+    lowered = compiled(reference, ["lower-int8"], [torch.randn(1, *shape)])
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, *shape)
+        assert float((lowered(x) - reference(x)).norm() / reference(x).norm()) < 0.03
+
+
+@needs_kernels
+@pytest.mark.parametrize("made", [None, PerTensor(0.5, 128, Grid(0, 255, torch.uint8))])
+def test_what_a_linear_kernel_adds_may_lie_in_memory_in_any_way(made: PerTensor | None) -> None:
+    """oneDNN reads a copy that it has given back already; memory that is written to in between shows it."""
+    torch.manual_seed(0)
+    reference = compiled(nn.Sequential(nn.Linear(16, 8)), [Quantize()], [torch.randn(4, 16)])
+    given = PerTensor(0.02, 128, Grid(0, 255, torch.uint8))
+    layer = Int8Linear(reference.get_submodule("0"), given, made, PostOp(), adds=True)
+    x = torch.randint(0, 256, (64, 7, 16), dtype=torch.uint8)
+    for added in (torch.randn(7, 64, 8).transpose(0, 1), torch.randn(64, 8, 7).mT, torch.randn(64, 7, 16)[..., ::2]):
+        expected = layer.reference(x, added)
+        for _ in range(5):
+            found = layer(x, added)
+            torch.full((64 * 7 * 8,), float("nan"))
+            assert torch.allclose(found.float(), expected.float(), atol=1.0 if made else 1e-3)
+
+
 @needs_kernels
 @pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"activation_bits": None}])
 def test_integer_kernels_multiply_as_much(options: dict[str, Any]) -> None:
