@@ -97,17 +97,10 @@ def compile(
         graph_before = sketch(gm, first)
         records: list[PassRecord] = []
         past = () if earlier is None else earlier.passes
-        for group in groups(job.passes) if reject_slower else [range(len(job.passes))]:
-            given, graphs = (gm, last, job), [gm]
-            made: list[PassRecord] = []
-            for pass_ in (job.passes[i] for i in group):
-                gm, last, record, job = _step(job, pass_, gm, last, (*past, *records, *made), tell)
-                graphs = [*graphs, gm] if reject_slower else graphs
-                made.append(record)
-            if reject_slower and job.example is not None and job.example is given[2].example:
-                tell(Event("time", job.passes[group[-1]].name))
-                made, stays = judged(job.passes[group.start : group.stop], graphs, made, job.example)
-                gm, last, job = (gm, last, job) if stays else given
+        for group in groups(job.passes):
+            together = job.passes[group.start : group.stop]
+            run = _run_and_judge if reject_slower else _run
+            gm, last, made, job = run(job, together, gm, last, (*past, *records), tell)
             records += made
         total = _total(first, last, time.perf_counter() - start, job.warnings)
         tell(Event("done", done=1, total=1))
@@ -117,6 +110,37 @@ def compile(
     for text in (*job.warnings, *_unique_warnings(records)):
         warnings.warn(text, stacklevel=2)
     return gm
+
+
+_Ran = tuple[fx.GraphModule, Cost, list[PassRecord], _Job]
+
+
+def _run(
+    job: _Job, passes: Sequence[Pass], gm: fx.GraphModule, size: Cost, history: Sequence[PassRecord], tell: Progress
+) -> _Ran:
+    """Run passes one after another: the graph, what it costs, a record of each, and the job with its inputs."""
+    records: list[PassRecord] = []
+    for pass_ in passes:
+        gm, size, record, job = _step(job, pass_, gm, size, (*history, *records), tell)
+        records.append(record)
+    return gm, size, records, job
+
+
+def _run_and_judge(
+    job: _Job, passes: Sequence[Pass], gm: fx.GraphModule, size: Cost, history: Sequence[PassRecord], tell: Progress
+) -> _Ran:
+    """The same, and back to where it began if all of them together make the graph slower."""
+    graphs, records, before = [gm], list[PassRecord](), (gm, size, job)
+    for pass_ in passes:
+        gm, size, made, job = _run(job, [pass_], gm, size, (*history, *records), tell)
+        graphs.append(gm)
+        records += made
+    if job.example is None or job.example is not before[2].example:  # it takes other inputs now
+        return gm, size, records, job
+    tell(Event("time", passes[-1].name))
+    records, stays = judged(passes, graphs, records, job.example)
+    gm, size, job = (gm, size, job) if stays else before
+    return gm, size, records, job
 
 
 def _prepare(
