@@ -44,9 +44,7 @@ def _pruned(ratio: float, step: int = 16) -> tuple[str, ...]:
 
 STACKS: dict[str, tuple[str, ...]] = {
     "int8": _FOLD,
-    "prune 3% of MACs, int8": _pruned(0.03, 8),
     "prune 5% of MACs, int8": _pruned(0.05, 8),
-    "prune 10% of MACs, int8": _pruned(0.1, 8),
     "ALDS 10%, int8": (*_FOLD, "alds:ratio=0.1,error=activation"),
 }
 """What comes before the integers, by name."""

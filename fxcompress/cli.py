@@ -73,11 +73,12 @@ def _torch_threads(count: int | None) -> Iterator[None]:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    stages = demo.STAGES[:4] if arguments.no_torch_compile else demo.STAGES
+    stages = demo.STAGES if arguments.torch_compile else demo.STAGES[:5]
     with _demo_progress(stages) as tell:
         result = demo.run(
             repeats=arguments.repeats,
-            with_torch_compile=not arguments.no_torch_compile,
+            with_torch_compile=arguments.torch_compile,
+            out=arguments.out,
             tell=tell,
         )
     print(result)
@@ -164,9 +165,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="leave the compressed models and their reports here")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls for a latency (default: 20)")
     parser.add_argument(
-        "--no-torch-compile", action="store_true", help="leave out torch.compile, which takes a minute for each model"
+        "--torch-compile",
+        action="store_true",
+        help="also time torch.compile, which takes some minutes",
     )
     parser.set_defaults(run=_demo)
 

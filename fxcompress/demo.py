@@ -7,11 +7,14 @@ the photographs see :mod:`fxcompress.demo_inputs`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import platform
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ import fxcompress
 from fxcompress.analysis.latency import Latency, compare_latency
 from fxcompress.demo_inputs import class_names, crops, load_model, load_photos, preprocess
 from fxcompress.errors import TraceWarning
+from fxcompress.presets import PRESETS
 from fxcompress.progress import Event
 from fxcompress.report import Report
 
@@ -39,17 +43,18 @@ __all__ = [
 
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "folded": ("remove-identity", "fold-batch-norm"),
-    "factorised": ("remove-identity", "fold-batch-norm", "alds:ratio=0.3,error=activation"),
-    "int8": ("remove-identity", "fold-batch-norm", "quantize", "lower-int8"),
+    "factorised": ("remove-identity", "fold-batch-norm", "alds:ratio=0.2,error=activation"),
+    "int8": PRESETS["fast-cpu"],
+    "both": PRESETS["small"],
     "pruned": ("remove-identity", "prune-channels:ratio=0.2,measure=macs,reconstruct=True", "fold-batch-norm"),
 }
-"""Name of a result -> the passes that make it, in order."""
+"""Name of a result -> the passes that make it, in order. One that begins with another's passes goes on from that."""
 
 ORIGINAL = "original"
 
 CALIBRATION_CROPS, HELD_OUT_CROPS, BATCH = 64, 128, 16
 
-STAGES = ("load", "compress", "classify", "time eager", "torch.compile", "time torch.compile")
+STAGES = ("load", "compress", "save and load", "classify", "time eager", "torch.compile", "time torch.compile")
 
 Tell = Callable[[str, str], None]
 """Is told the stage that goes on now, one of :data:`STAGES`, and a detail of it (may be empty)."""
@@ -91,7 +96,7 @@ class Outcome:
         predictions: the class of each photo, in order.
         agreement: the fraction of held-out crops whose class is that which the original gives.
         logit_error: largest difference of a logit of a held-out crop, relative to the original's largest logit.
-        size: bytes of the saved state dict.
+        size: bytes on disk: of the files that ``fxcompress.save`` wrote, or of the original's saved state dict.
         eager: latency of one photo.
         compiled: the same under ``torch.compile``, if it was measured.
     """
@@ -149,6 +154,7 @@ class DemoResult:
                 tabulate(self._rows(), headers=_HEADERS, disable_numparse=True),
                 f"same class: as the original, of {HELD_OUT_CROPS} other crops of the photos than the passes were "
                 "shown; logit error: relative to the largest logit",
+                "results are as they come back from fxcompress.save and fxcompress.load; on disk: all files of one",
                 f"latency of one photo: median +- interquartile range; {environment}",
                 *([f"torch.compile was not measured: {self.not_compiled}"] if self.not_compiled else []),
             ]
@@ -224,7 +230,8 @@ def run(
     *,
     variants: Mapping[str, Sequence[str]] = VARIANTS,
     repeats: int = 20,
-    with_torch_compile: bool = True,
+    with_torch_compile: bool = False,
+    out: Path | None = None,
     tell: Tell = _tell_nobody,
 ) -> DemoResult:
     """Compress the demo's model in several ways and compare the results with the original.
@@ -233,6 +240,7 @@ def run(
         variants: name of a result -> passes, as for :func:`fxcompress.compile`.
         repeats: timed calls for each latency.
         with_torch_compile: also time the models under ``torch.compile``, which first takes about a minute each.
+        out: where to leave every result as it was saved, and its report as a page; by default nowhere.
         tell: is told what goes on.
 
     Raises:
@@ -245,8 +253,16 @@ def run(
     calibration = torch.split(crops(photos.values(), CALIBRATION_CROPS, seed=0), BATCH)
     held_out = torch.split(crops(photos.values(), HELD_OUT_CROPS, seed=1), BATCH)
     models: dict[str, nn.Module] = {ORIGINAL: model}
+    made: dict[tuple[str, ...], nn.Module] = {(): model}
     for name, passes in variants.items():
-        models[name] = _compress(name, model, passes, example, calibration, tell)
+        known = max((p for p in made if tuple(passes[: len(p)]) == p), key=len)
+        models[name] = _compress(name, made[known], passes[len(known) :], example, calibration, tell)
+        made[tuple(passes)] = models[name]
+    sizes = {ORIGINAL: saved_bytes(model)}
+    with contextlib.nullcontext(out) if out else tempfile.TemporaryDirectory() as folder:
+        for name in variants:
+            tell("save and load", name)
+            models[name], sizes[name] = _there_and_back(models[name], Path(folder) / name, name if out else None)
     logits = {}
     for name, candidate in models.items():
         tell("classify", name)
@@ -264,7 +280,7 @@ def run(
             predictions=tuple(classify(logits[name][: len(batch)], names)),
             agreement=(before.argmax(1) == after.argmax(1)).float().mean().item(),
             logit_error=((after - before).abs().max() / before.abs().max()).item(),
-            size=saved_bytes(models[name]),
+            size=sizes[name],
             eager=eager[name],
             compiled=None if isinstance(compiled, str) else compiled[name],
         )
@@ -293,6 +309,15 @@ def _compress(
         # In training mode the network drops whole blocks too, by Python code that no graph keeps; nothing trains it.
         warnings.simplefilter("ignore", TraceWarning)
         return fxcompress.compile(model, list(passes), (example,), calibration=calibration, progress=on_event)
+
+
+def _there_and_back(gm: nn.Module, folder: Path, name: str | None) -> tuple[nn.Module, int]:
+    """What is loaded from ``folder`` after ``gm`` was saved there, and the bytes of it; with a name also a page."""
+    fxcompress.save(gm, folder)  # type: ignore[arg-type]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    if name is not None:
+        fxcompress.report(gm).to_html(folder.with_suffix(".html"), title=f"EfficientNet-Lite0, {name}")
+    return fxcompress.load(folder), size
 
 
 def _environment() -> dict[str, Any]:

@@ -309,7 +309,7 @@ def test_threads_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
 def test_demo_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
     target = tmp_path / "demo.json"
-    assert cli.main(["demo", "--no-torch-compile", "--repeats", "1", "--threads", "1", "--json", str(target)]) == 0
+    assert cli.main(["demo", "--repeats", "1", "--threads", "1", "--json", str(target)]) == 0
     assert "espresso" in capsys.readouterr().out
     assert json.loads(target.read_text(encoding="utf-8"))["environment"]["threads"] == 1
     assert torch.get_num_threads() == before

@@ -28,8 +28,8 @@ SENSIBLE = {
 @pytest.fixture(scope="module")
 def result() -> demo.DemoResult:
     heard = []
-    found = demo.run(repeats=2, with_torch_compile=False, tell=lambda stage, detail: heard.append(stage))
-    assert list(dict.fromkeys(heard)) == list(demo.STAGES[:4])
+    found = demo.run(repeats=2, tell=lambda stage, detail: heard.append(stage))
+    assert list(dict.fromkeys(heard)) == list(demo.STAGES[:5])
     return found
 
 
