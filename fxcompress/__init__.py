@@ -20,6 +20,7 @@ from fxcompress.errors import (
 from fxcompress.pass_base import (
     Example,
     Guarantee,
+    Knob,
     Need,
     Observation,
     Observer,
@@ -32,6 +33,7 @@ from fxcompress.pipeline import PassPlan, Plan, compile, plan
 from fxcompress.recovery import Gradual, Rewound, Schedule, recover
 from fxcompress.registry import registered_passes
 from fxcompress.report import PassRecord, Report, report
+from fxcompress.searching import Point, SearchResult, search
 from fxcompress.trace import trace
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "FxCompressError",
     "Gradual",
     "Guarantee",
+    "Knob",
     "Need",
     "Observation",
     "Observer",
@@ -48,12 +51,14 @@ __all__ = [
     "PassPlan",
     "PassRecord",
     "Plan",
+    "Point",
     "PreconditionError",
     "RecoveryError",
     "Refusal",
     "Report",
     "Rewound",
     "Schedule",
+    "SearchResult",
     "Site",
     "TraceError",
     "UsageError",
@@ -64,6 +69,7 @@ __all__ = [
     "recover",
     "registered_passes",
     "report",
+    "search",
     "trace",
 ]
 

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxcompress.errors import UsageError
 
-__all__ = ["PassRecord", "RefusalRecord", "Report", "SiteRecord", "Total", "attach", "detach", "plain", "report"]
+__all__ = ["Curve", "PassRecord", "RefusalRecord", "Report", "SiteRecord", "Total", "attach", "detach", "plain", "report"]
 
 _CHILD = "_fxcompress_report"
 
@@ -139,16 +139,42 @@ class Total:
 
 
 @dataclasses.dataclass(frozen=True)
+class Curve:
+    """How much the output of a model changes when one layer alone is compressed.
+
+    Attributes:
+        layer: its path.
+        knob: what was set: a pass and its option.
+        points: (setting, relative error of the output).
+    """
+
+    layer: str
+    knob: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
-    """The history of a compressed graph: a record for each pass, and the total. ``str(report)`` is a table."""
+    """The history of a compressed graph: a record for each pass, and the total. ``str(report)`` is a table.
+
+    ``sensitivity`` has what a search measured of single layers.
+    """
 
     passes: tuple[PassRecord, ...]
     total: Total
+    sensitivity: tuple[Curve, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"passes": [{...}, ...], "total": {...}}`` of plain values; see :class:`PassRecord`, :class:`Total`."""
+        """``{"passes": [{...}, ...], "total": {...}, "sensitivity": [{...}, ...]}`` of plain values; see
+        :class:`PassRecord`, :class:`Total`, :class:`Curve`."""
         total = {**dataclasses.asdict(self.total), "cr_p": self.total.cr_p, "cr_f": self.total.cr_f}
-        whole: dict[str, Any] = plain({"passes": [dataclasses.asdict(p) for p in self.passes], "total": total})
+        whole: dict[str, Any] = plain(
+            {
+                "passes": [dataclasses.asdict(p) for p in self.passes],
+                "total": total,
+                "sensitivity": [dataclasses.asdict(c) for c in self.sensitivity],
+            }
+        )
         return whole
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -165,7 +191,11 @@ class Report:
         try:
             total = {k: v for k, v in data["total"].items() if k not in ("cr_p", "cr_f")}
             total["warnings"] = tuple(total["warnings"])
-            return cls(tuple(PassRecord.from_dict(p) for p in data["passes"]), Total(**total))
+            curves = (
+                Curve(c["layer"], c["knob"], tuple((float(x), float(y)) for x, y in c["points"]))
+                for c in data.get("sensitivity", ())
+            )
+            return cls(tuple(PassRecord.from_dict(p) for p in data["passes"]), Total(**total), tuple(curves))
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"this is no report of fxcompress ({error!r}); pass what to_dict() returned") from error
 
@@ -186,7 +216,7 @@ class Report:
             seconds=a.seconds + b.seconds,
             warnings=tuple(dict.fromkeys(warnings)),
         )
-        return Report(self.passes + later.passes, total)
+        return Report(self.passes + later.passes, total, self.sensitivity + later.sensitivity)
 
     def __str__(self) -> str:
         rows = [_row(p.name, p.guarantee, str(p.sites), str(len(p.refusals)), _error(p), p) for p in self.passes]
