@@ -18,7 +18,8 @@ class Event:
     """One step of the work.
 
     Attributes:
-        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"``, ``"recover"``, ``"probe"``, ``"try"`` or ``"done"``.
+        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"``, ``"recover"``, ``"probe"`` (one
+            layer by itself), ``"try"`` (a whole pipeline) or ``"done"``.
         pass_name: the pass it is for; ``None`` for ``"trace"``, ``"recover"``, ``"try"`` and ``"done"``.
         done: how much of this stage is done: batches of ``"calibrate"``, sites of ``"rewrite"``, steps of
             ``"recover"``, settings of ``"probe"``, pipelines of ``"try"``.

@@ -20,7 +20,18 @@ from torch import fx, nn
 
 from fxcompress.errors import UsageError
 
-__all__ = ["Curve", "PassRecord", "RefusalRecord", "Report", "SiteRecord", "Total", "attach", "detach", "plain", "report"]
+__all__ = [
+    "Curve",
+    "PassRecord",
+    "RefusalRecord",
+    "Report",
+    "SiteRecord",
+    "Total",
+    "attach",
+    "detach",
+    "plain",
+    "report",
+]
 
 _CHILD = "_fxcompress_report"
 

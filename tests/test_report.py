@@ -47,7 +47,7 @@ def graph() -> fx.GraphModule:
 
 def test_the_dict_has_exactly_these_keys() -> None:
     data = Report((RECORD,), TOTAL).to_dict()
-    assert set(data) == {"passes", "total"}
+    assert set(data) == {"passes", "total", "sensitivity"}
     sizes = {f"{what}_{when}" for what in ("parameters", "macs", "bytes") for when in ("before", "after")}
     assert set(data["total"]) == {*sizes, "cr_p", "cr_f", "seconds", "warnings"}
     wanted = {"name", "guarantee", "sites", "refusals", "error", "seconds", "details", *sizes}

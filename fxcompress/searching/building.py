@@ -92,7 +92,7 @@ class Workshop:
             if type(pass_).knobs is not Pass.knobs:
                 knobs = self._knobs(pass_, gm)
                 follows = True
-                self._steps.append(Stage(pass_, (), knobs) if knobs else Stage(pass_, (), ()))
+                self._steps.append(Stage(pass_, (), knobs))
             elif follows and pass_.guarantee is not Guarantee.EXACT:
                 last = self._steps[-1]
                 if not isinstance(last, Stage):
@@ -129,7 +129,8 @@ class Workshop:
         Raises:
             FxCompressError: a pass refuses what it is asked for.
         """
-        gm, settings, done = self.origin, iter(plan), (str(few),)
+        gm, settings = self.origin, iter(plan)
+        done: tuple[str, ...] = (str(few),)
         for step in self._steps:
             given = next(settings) if isinstance(step, Stage) else None
             passes = (step,) if isinstance(step, Pass) else step.passes(given or {})

@@ -119,7 +119,7 @@ def _front(
 
 
 def _error_factor(found: Mapping[tuple[str, int], Found], together: Mapping[int, Together]) -> float:
-    """By how much the square of the error of all layers at the mildest setting is more than the sum of their squares."""
+    """The square of the error of all layers at the mildest setting, relative to the sum of their squares."""
     alone = sum(f.error**2 for (_, n), f in found.items() if n == 0 and math.isfinite(f.error))
     if 0 not in together or alone <= 0 or not math.isfinite(together[0].error):
         return 1.0

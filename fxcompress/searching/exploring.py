@@ -74,7 +74,9 @@ class Exploration:
             complete = False
         try:
             together = self._try_whole_passes(measure)
-            self._try_plans(Chooser(*self._known(measure, together), shares=measure == "latency"), measure, target, tries)
+            self._try_plans(
+                Chooser(*self._known(measure, together), shares=measure == "latency"), measure, target, tries
+            )
         except OutOfTime:
             return False
         return complete
@@ -99,7 +101,8 @@ class Exploration:
                 self._clock.check(_PROBING, self._longest)
             plan = self._plan_of(i, {layer: setting})
             self._alone[i, layer, level] = self._store.record(
-                key, lambda plan=plan, layer=layer: self._alone_at(plan, layer, sizes, seconds)  # type: ignore[misc]
+                key,
+                lambda plan=plan, layer=layer: self._alone_at(plan, layer, sizes, seconds),  # type: ignore[misc]
             )
 
     def _times(self, gm: Any) -> dict[str, Any]:
@@ -130,7 +133,9 @@ class Exploration:
         for i, stage in enumerate(self._stages):
             for knob in stage.knobs:
                 records = [(s, self._alone.get((i, knob.layer, n), {})) for n, s in enumerate(knob.settings)]
-                points = tuple((float(s), float(r["error"])) for s, r in records if math.isfinite(r.get("error", math.inf)))
+                points = tuple(
+                    (float(s), float(r["error"])) for s, r in records if math.isfinite(r.get("error", math.inf))
+                )
                 if points:
                     found.append(Curve(knob.layer, f"{stage.pass_.name} {knob.option}", points))
         return tuple(found)
@@ -202,8 +207,8 @@ class Exploration:
     def _whole(self, plan: Plan) -> dict[str, Any]:
         try:
             gm = self._workshop.built(plan)
-        except FxCompressError as error:
-            return {"refused": str(error)}
+        except FxCompressError as refusal:
+            return {"refused": str(refusal)}
         error = self._judge.error(gm)
         return {"error": error, "drop": self._judge.drop(gm, error), "cost": self._judge.cost(gm)}
 
@@ -224,9 +229,11 @@ def _treated(before: Any, after: Any, layer: str) -> set[str]:
         if node.op != "call_module":
             continue
         same = kept.get(node.name)
-        if same is None or same.op != node.op or same.target != node.target:
-            found.add(node.name)
-        elif _shapes(before, str(node.target)) != _shapes(after, str(same.target)):
+        if (
+            same is None
+            or (same.op, same.target) != (node.op, node.target)
+            or _shapes(before, str(node.target)) != _shapes(after, str(same.target))
+        ):
             found.add(node.name)
     return found
 

@@ -55,18 +55,20 @@ def _undominated(sizes: np.ndarray, errors: np.ndarray) -> np.ndarray:
     best = np.minimum.accumulate(errors[order])
     keep = np.ones(len(order), dtype=np.bool_)
     keep[1:] = best[1:] < best[:-1]
-    return order[keep & np.isfinite(errors[order])]
+    found: np.ndarray = order[keep & np.isfinite(errors[order])]
+    return found
 
 
 def _thinned(sizes: np.ndarray, errors: np.ndarray, kept: np.ndarray, states: int) -> np.ndarray:
-    """Of ``kept``, by ascending size, the last (with the least error) in each of ``states`` intervals, and the first."""
+    """Of ``kept``, by ascending size, the first, and the last of each of ``states`` intervals."""
     if len(kept) <= states:
         return kept
     span = sizes[kept]
     interval = np.floor((span - span[0]) / (span[-1] - span[0]) * (states - 1)).astype(np.int64)
     last = np.append(interval[1:] != interval[:-1], True)
     last[0] = True
-    return kept[last]
+    found: np.ndarray = kept[last]
+    return found
 
 
 def best_within(choices: Sequence[Choice], budget: float) -> Choice | None:

@@ -42,8 +42,8 @@ class Judge:
     Args:
         origin: the original.
         example: what sizes and times are measured on.
-        batches: what outputs are compared on; the first half of them where little time should be spent.
-        few: what they are compared on then.
+        batches: what outputs are compared on.
+        few: the same where little time should be spent.
         evaluate: the caller's measure of quality, if there is one; higher is better.
     """
 
@@ -59,7 +59,9 @@ class Judge:
         self._data = {False: batches, True: few}
         self._expected = {key: [_real(examples.evaluate(origin, b)) for b in data] for key, data in self._data.items()}
         if not any(tensors for tensors in self._expected[False]):
-            raise UsageError("the model gives no real numbers, so nothing says how far a result is off; give `evaluate`")
+            raise UsageError(
+                "the model gives no real numbers, so nothing says how far a result is off; give `evaluate`"
+            )
         self.sizes = sizes_of(origin, example)
         self._quality: float | None = None
 

@@ -99,7 +99,9 @@ class SearchResult:
             UsageError: nothing meets both conditions.
         """
         if not self.met:
-            raise UsageError(f"{self._verdict()}. Take result.within_target or result.within_drop and compile its passes")
+            raise UsageError(
+                f"{self._verdict()}. Take result.within_target or result.within_drop and compile its passes"
+            )
         assert self.within_target is not None
         return self.within_target
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import platform
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,7 +69,8 @@ def search(
 
     Args:
         model: the module to compress, which is never changed.
-        example_inputs, example_kwargs: as for :func:`fxcompress.compile`; sizes and times are of one run on them.
+        example_inputs: as for :func:`fxcompress.compile`; sizes and times are of one run on them.
+        example_kwargs: keyword arguments.
         target: one of ``"latency"`` (of an eager run on this machine), ``"macs"``, ``"params"`` and ``"bytes"``, and
             the fraction of the original's that the result may have, such as ``{"latency": 0.5}``.
         max_drop: what may be lost of what ``evaluate`` says, or, without it, the relative error that outputs may have.
@@ -93,10 +94,12 @@ def search(
     Raises:
         UsageError: the call is wrong.
         TraceError: the model cannot be recorded.
-        PreconditionError: the model cannot be compressed by any of the passes as they are.
+        PreconditionError: a pass that is always used refuses the model.
     """
-    clock = Clock(time_limit)
     measure, part = _target(target, max_drop, tries)
+    if time_limit is not None and not time_limit > 0:
+        raise UsageError(f"time_limit is in seconds, above 0, got {time_limit!r}")
+    clock = Clock(time_limit)
     with reporting(progress) as tell:
         tell(Event("trace"))
         example = as_example(example_inputs, example_kwargs)
@@ -114,7 +117,7 @@ def search(
         exploration = Exploration(workshop, judge, store, example, clock, tell)
         complete = exploration.run(measure, part, tries)
         result = _concluded(exploration, measure, part, max_drop, complete)
-        if result.met and result.best.passes is not None:
+        if result.met:
             graph = _compiled(model, result, example, data)
             result = dataclasses.replace(result, graph=graph)
         tell(Event("done", done=1, total=1))
@@ -153,8 +156,8 @@ class _Data:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, calibration: Any, held_out: Any) -> _Data:
-        """What the caller gave; without other data to judge by, single layers are fitted to one half and judged by
-        the other."""
+        """What the caller gave, a quarter of it for single layers; these are never judged by what they were fitted
+        to, if there are two batches."""
         if calibration is None:
             raise UsageError("a search compares outputs on data; give `calibration`, some ten batches")
         device = next((p.device for p in gm.parameters()), None)
@@ -163,25 +166,21 @@ class _Data:
             return checked(gm, data if isinstance(data, Batches) else as_batches(data, device=device))
 
         fitted = read(calibration)
-        half = (len(fitted) + 1) // 2
+        few = math.ceil(len(fitted) / 4)
         if held_out is None:
-            return cls(fitted, fitted[:half], fitted, fitted[half:] or fitted)
+            return cls(fitted, fitted[:few], fitted, fitted[-few:])
         judged = read(held_out)
-        return cls(fitted, fitted[:half], judged, judged[: (len(judged) + 1) // 2])
+        return cls(fitted, fitted[:few], judged, judged[: math.ceil(len(judged) / 4)])
 
 
-def _fingerprint(
-    origin: fx.GraphModule, passes: Sequence[Pass], example: Example, data: _Data, evaluate: Any
-) -> str:
+def _fingerprint(origin: fx.GraphModule, passes: Sequence[Pass], example: Example, data: _Data, evaluate: Any) -> str:
     """What the measurements depend on; times depend on the machine and on threads."""
     parts = [described(p) for p in (origin, list(passes), example, data, evaluate)]
     parts += [torch.__version__, platform.machine(), platform.processor(), str(torch.get_num_threads())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _concluded(
-    exploration: Exploration, measure: str, part: float, max_drop: float, complete: bool
-) -> SearchResult:
+def _concluded(exploration: Exploration, measure: str, part: float, max_drop: float, complete: bool) -> SearchResult:
     points = exploration.points
     inside = [p for p in points if p.cost[measure] <= part]
     kept = [p for p in points if p.drop <= max_drop]

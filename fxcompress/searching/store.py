@@ -51,7 +51,8 @@ class Store:
             self._mine[key] = measure()
             self.measured += 1
             self._write()
-        return self._mine[key]
+        found: dict[str, Any] = self._mine[key]
+        return found
 
     def _write(self) -> None:
         """Whole or not at all."""
@@ -73,7 +74,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         searches = data["searches"] if data["fxcompress-search"] == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no file of a search ({error!r}); give `resume` another name, or remove it") from error
+        raise UsageError(
+            f"{path} is no file of a search ({error!r}); give `resume` another name, or remove it"
+        ) from error
     if not isinstance(searches, dict) or not all(_is_search(s) for s in searches.values()):
         raise UsageError(f"{path} is no file of a search of this version; give `resume` another name, or remove it")
     return searches

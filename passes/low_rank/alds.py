@@ -282,7 +282,7 @@ class Alds(Pass):
         return [int(k[option]) for k, option in zip(kept, found.choice, strict=True)]
 
     def _within(self, table: Table, part: float) -> int:
-        """The option with the least error that has no more than ``part`` of the layer; 0, the layer, if there is none."""
+        """The option with the least error that has no more than ``part`` of the layer; else 0, the layer as it is."""
         sizes = table.macs if self.measure == "macs" else table.parameters
         fitting = np.flatnonzero(sizes <= part * sizes[0] * (1 + 1e-12))
         return int(fitting[np.argmin(table.error[fitting])]) if len(fitting) else 0

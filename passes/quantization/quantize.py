@@ -152,8 +152,8 @@ class Quantize(RoundingPass):
         if is_fake_quantized(context.gm):
             return
         found = Found.of(self, context)
-        for called in (*found.layers, *found.embeddings):
-            yield Knob(called.path, "bits", (float(self.weight_bits),))
+        for path in (*(c.path for c in found.layers), *(c.path for c in found.embeddings)):
+            yield Knob(path, "bits", (self.weight_bits,))
 
     def turned(self, settings: Mapping[str, float]) -> Quantize:
         """See :meth:`Pass.turned`."""
