@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fxcompress.demo_inputs import crops, load_photos
 
-__all__ = ["BATCH", "HeldOut", "cells", "compared", "draw", "logits_of"]
+__all__ = ["BATCH", "UNSEEN", "HeldOut", "cells", "compared", "draw", "logits_of"]
 
 BATCH = 16
-_UNSEEN = ("coffee", "astronaut", "temple")
+UNSEEN = ("coffee", "astronaut", "temple")
 
 HeldOut = dict[str, tuple[Tensor, Tensor]]
 """Images and what the original gives on them: ``"seen"``, other crops of the photos of the calibration data, and
@@ -22,9 +22,9 @@ HeldOut = dict[str, tuple[Tensor, Tensor]]
 def draw(model: nn.Module, calibration: int, held_out: int) -> tuple[Tensor, HeldOut]:
     """``calibration`` crops of five photos, and ``held_out`` crops of each kind with the logits of ``model``."""
     photos = load_photos()
-    seen = [photo for name, photo in photos.items() if name not in _UNSEEN]
+    seen = [photo for name, photo in photos.items() if name not in UNSEEN]
     found = {}
-    for name, of in (("seen", seen), ("unseen", [photos[name] for name in _UNSEEN])):
+    for name, of in (("seen", seen), ("unseen", [photos[name] for name in UNSEEN])):
         images = crops(of, held_out, seed=1)
         found[name] = images, logits_of(model, images)
     return crops(seen, calibration, seed=0), found

@@ -23,6 +23,7 @@ from fxcompress.order import recommended_order
 from fxcompress.pass_base import (
     Example,
     Guarantee,
+    Knob,
     Need,
     Observation,
     Observer,
@@ -37,6 +38,7 @@ from fxcompress.presets import presets
 from fxcompress.recovery import Gradual, Rewound, Schedule, recover
 from fxcompress.registry import registered_passes
 from fxcompress.report import PassRecord, Report, report
+from fxcompress.searching import Point, SearchResult, search
 from fxcompress.serialization import load, save
 from fxcompress.storable import storable
 from fxcompress.trace import trace
@@ -46,6 +48,7 @@ __all__ = [
     "FxCompressError",
     "Gradual",
     "Guarantee",
+    "Knob",
     "Need",
     "Observation",
     "Observer",
@@ -55,12 +58,14 @@ __all__ = [
     "PassPlan",
     "PassRecord",
     "Plan",
+    "Point",
     "PreconditionError",
     "RecoveryError",
     "Refusal",
     "Report",
     "Rewound",
     "Schedule",
+    "SearchResult",
     "SerializationError",
     "Site",
     "Stage",
@@ -79,6 +84,7 @@ __all__ = [
     "registered_passes",
     "report",
     "save",
+    "search",
     "storable",
     "trace",
 ]

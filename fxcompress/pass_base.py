@@ -24,6 +24,7 @@ from fxcompress.report import PassRecord
 __all__ = [
     "Example",
     "Guarantee",
+    "Knob",
     "Need",
     "Observation",
     "Observer",
@@ -129,6 +130,22 @@ class Refusal:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A layer of which a pass may do more or less, for :func:`fxcompress.search` to choose how much.
+
+    Attributes:
+        layer: its path; what :meth:`Pass.turned` knows it by.
+        option: what is set: ``"ratio"``, ``"bits"``.
+        settings: the settings to try, numbers, the one that changes least first. To leave the layer alone is always
+            possible and is none of them.
+    """
+
+    layer: str
+    option: str
+    settings: tuple[float, ...]
+
+
 class PassContext:
     """What a pass may ask about the graph in front of it, and what passes did to that so far (``history``).
 
@@ -225,6 +242,14 @@ class Pass:
     def extended(self, gm: fx.GraphModule, example: Example) -> Example:
         """``example``, which fits the graph before this pass, as ``gm``, the graph after it, takes it."""
         return example
+
+    def knobs(self, context: PassContext) -> Iterable[Knob]:
+        """The layers that this pass can treat one by one, for a search; none if it cannot. Read-only."""
+        return ()
+
+    def turned(self, settings: Mapping[str, float]) -> Pass:
+        """This pass as it does to the layers in ``settings`` (by :attr:`Knob.layer`) what they say, and no others."""
+        raise NotImplementedError(f"{type(self).__qualname__} has knobs(), so it must say what they do: turned()")
 
     def calibration_reads(self) -> int:
         """How often this pass reads the calibration data; a stream of it is kept in memory if more than once in all."""

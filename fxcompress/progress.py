@@ -18,16 +18,16 @@ class Event:
     """One step of the work.
 
     Attributes:
-        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"``, ``"time"``,
-            ``"recover"`` or ``"done"``.
-        pass_name: the pass it is for; ``None`` for ``"trace"``, ``"recover"`` and ``"done"``.
+        stage: ``"trace"``, ``"calibrate"``, ``"sites"``, ``"rewrite"``, ``"verify"``, ``"time"``, ``"recover"``,
+            ``"probe"`` (one layer by itself), ``"try"`` (a whole pipeline) or ``"done"``.
+        pass_name: the pass it is for; ``None`` for ``"trace"``, ``"recover"``, ``"try"`` and ``"done"``.
         done: how much of this stage is done: batches of ``"calibrate"``, sites of ``"rewrite"``, steps of
-            ``"recover"``.
+            ``"recover"``, settings of ``"probe"``, pipelines of ``"try"``.
         total: of how much; ``None`` if that is not known.
-        note: how it goes, in words: the loss of ``"recover"``.
+        note: how it goes, in words: the loss of ``"recover"``, what ``"try"`` tries.
     """
 
-    stage: Literal["trace", "calibrate", "sites", "rewrite", "verify", "time", "recover", "done"]
+    stage: Literal["trace", "calibrate", "sites", "rewrite", "verify", "time", "recover", "probe", "try", "done"]
     pass_name: str | None = None
     done: int = 0
     total: int | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -24,7 +25,7 @@ from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.calibration import check_batch
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.matching import check_patterns, check_patterns_match
-from fxcompress.pass_base import Guarantee, Need, Observation, Pass, PassContext, Refusal, Site, Stage
+from fxcompress.pass_base import Guarantee, Knob, Need, Observation, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.low_rank.allocate import Options, Unreachable, constant_ratio, least_maximum, least_sum
 from fxcompress.passes.low_rank.errors import ERRORS, Activation, ErrorMeasure
 from fxcompress.passes.low_rank.folding import SCHEMES, Folding
@@ -39,6 +40,9 @@ __all__ = ["Alds", "AldsPlus"]
 
 _SOLVERS = {"minimax": least_maximum, "sum": least_sum, "constant": constant_ratio}
 _MEASURES = {"params": "parameters", "macs": "MACs", "latency": "latency"}
+_RATIOS = (0.2, 0.4, 0.6)
+"""What a search tries for each layer."""
+
 _FASTER = 0.97
 """A pair that takes more than this part of the layer's time is not worth it."""
 
@@ -66,6 +70,9 @@ class Alds(Pass):
             on the first batch of the calibration data (the example inputs, if there are none).
         exclude: glob patterns of paths of layers, or of modules that contain them, that stay as they are.
         only: glob patterns of paths of layers; others stay as they are.
+        per_layer: glob pattern -> the fraction to remove of each of these layers, of its MACs if ``measure`` is
+            ``"macs"`` and else of its parameters, by the pair with the least error (a layer without so small a pair
+            stays whole). If given, all other layers stay as they are, and ``ratio`` and ``solver`` decide nothing.
 
     Detail of a site, one for each layer that could be decomposed: ``module``, ``scheme``, ``slices``, ``rank`` (None
     where it stays whole, with ``left_whole`` saying why), ``parameters_before`` and ``parameters_after`` of its
@@ -88,10 +95,14 @@ class Alds(Pass):
     sensitivity: bool = False
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    per_layer: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise UsageError(f"ratio is the fraction to remove, above 0 and below 1, got {self.ratio}")
+        for pattern, ratio in self.per_layer.items():
+            if not 0 <= ratio < 1:
+                raise UsageError(f"per_layer[{pattern!r}] is a fraction to remove, at least 0 and below 1, got {ratio}")
         for option, chosen, known in (
             ("measure", self.measure, tuple(_MEASURES)),
             ("solver", self.solver, tuple(_SOLVERS)),
@@ -138,7 +149,7 @@ class Alds(Pass):
         """See :meth:`Pass.sites`: one site for each layer that could be decomposed, whether it is or not."""
         survey = Survey(context)
         known = {path for c in survey.candidates for path in c.paths} | {str(r.node.target) for r in survey.refusals}
-        check_patterns_match((*self.exclude, *self.only), known)
+        check_patterns_match((*self.exclude, *self.only, *self.per_layer), known)
         wanted = [c for c in survey.candidates if self._is_wanted(c)]
         moments = [self._moments(context, c) for c in wanted]
         tables = [self._table(context, c, of) for c, of in zip(wanted, moments, strict=True)]
@@ -156,6 +167,17 @@ class Alds(Pass):
         gm, replacement = site.data
         replacement.operate(gm)
 
+    # ------------------------------------------------------------------------------------------------- for a search
+    def knobs(self, context: PassContext) -> Iterator[Knob]:
+        """See :meth:`Pass.knobs`: a ratio for each layer, if not all its channels are by themselves (depthwise)."""
+        for candidate in Survey(context).candidates:
+            if self._is_wanted(candidate) and candidate.layer.weight.shape[1] > 1:
+                yield Knob(candidate.path, "ratio", _RATIOS)
+
+    def turned(self, settings: Mapping[str, float]) -> Alds:
+        """See :meth:`Pass.turned`."""
+        return dataclasses.replace(self, per_layer={glob.escape(layer): float(r) for layer, r in settings.items()})
+
     # ------------------------------------------------------------------------------------------------- options
     def _measure_of_error(self) -> ErrorMeasure:
         return ERRORS[self.error]() if isinstance(self.error, str) else self.error
@@ -166,7 +188,13 @@ class Alds(Pass):
         return measure.shrinkage if isinstance(measure, Activation) else 0.0
 
     def _is_wanted(self, candidate: Candidate) -> bool:
+        if self.per_layer and not self._own_ratio(candidate):
+            return False
         return candidate.is_wanted(self.exclude, self.only)
+
+    def _own_ratio(self, candidate: Candidate) -> float:
+        """What ``per_layer`` says of a layer; 0 if nothing."""
+        return next((r for pattern, r in self.per_layer.items() if candidate.matches(pattern)), 0.0)
 
     # ------------------------------------------------------------------------------------------------- choices
     def _moments(self, context: PassContext, candidate: Candidate) -> dict[int, Moments]:
@@ -240,6 +268,8 @@ class Alds(Pass):
         self, context: PassContext, wanted: Sequence[Candidate], tables: Sequence[Table], weights: np.ndarray
     ) -> list[int]:
         """The option of each layer."""
+        if self.per_layer:
+            return [self._within(table, 1 - self._own_ratio(c)) for c, table in zip(wanted, tables, strict=True)]
         whole, sizes, kept = self._sizes(context, wanted, tables)
         others = whole - sum(float(s[0]) for s in sizes)
         errors = [t.error[k] * w**0.5 for t, k, w in zip(tables, kept, weights, strict=True)]
@@ -253,6 +283,12 @@ class Alds(Pass):
                 f"at its smallest, {max(most, 0.0):.1%} are gone. Lower `ratio`, exclude less, or allow more slices"
             ) from None
         return [int(k[option]) for k, option in zip(kept, found.choice, strict=True)]
+
+    def _within(self, table: Table, part: float) -> int:
+        """The option with the least error that has no more than ``part`` of the layer; else 0, the layer as it is."""
+        sizes = table.macs if self.measure == "macs" else table.parameters
+        fitting = np.flatnonzero(sizes <= part * sizes[0] * (1 + 1e-12))
+        return int(fitting[np.argmin(table.error[fitting])]) if len(fitting) else 0
 
     def _sizes(
         self, context: PassContext, wanted: Sequence[Candidate], tables: Sequence[Table]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from fxcompress.analysis.channels import ChannelGroups, Group, channel_groups
 from fxcompress.analysis.cost import cost
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.matching import check_patterns, check_patterns_match, matches_path
-from fxcompress.pass_base import Guarantee, Need, Pass, PassContext, Refusal, Site, Stage
+from fxcompress.pass_base import Guarantee, Knob, Need, Pass, PassContext, Refusal, Site, Stage
 from fxcompress.passes.pruning.budget import Budget
 from fxcompress.passes.pruning.importance import IMPORTANCES, Importance
 from fxcompress.passes.pruning.reconstruct import Reconstruction
@@ -27,6 +28,9 @@ from fxcompress.passes.pruning.selection import Candidate, Selection, reach
 from fxcompress.passes.pruning.surgery import Surgery
 
 __all__ = ["PruneChannels"]
+
+_RATIOS = (0.1, 0.25, 0.5)
+"""What a search tries for each group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,20 @@ class PruneChannels(Pass):
         """See :meth:`Pass.rewrite`."""
         work: Surgery | Reconstruction = site.data
         return work.operate(site.node)
+
+    # ------------------------------------------------------------------------------------------------- for a search
+    def knobs(self, context: PassContext) -> Iterator[Knob]:
+        """See :meth:`Pass.knobs`: a ratio for each group, under the first layer that makes its channels."""
+        assert context.example is not None, "declared in needs"
+        args, kwargs = tuple(context.example.args), dict(context.example.kwargs)
+        groups = self._chosen(channel_groups(context.gm, args, kwargs, attention=self.attention))
+        for layer in dict.fromkeys(next(iter(g.producers)) for g in groups if g.channels > self.min_channels):
+            yield Knob(layer, "ratio", _RATIOS)
+
+    def turned(self, settings: Mapping[str, float]) -> PruneChannels:
+        """See :meth:`Pass.turned`."""
+        ratios = {glob.escape(layer): float(ratio) for layer, ratio in settings.items()}
+        return dataclasses.replace(self, ratio=0.0, measure="channels", per_layer=ratios)
 
     # ------------------------------------------------------------------------------------------------- choices
     def _chosen(self, groups: ChannelGroups) -> list[Group]:

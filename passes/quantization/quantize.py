@@ -8,6 +8,7 @@ rounded to integers and back by ``quantized_decomposed`` nodes, with weights rea
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -19,7 +20,7 @@ from fxcompress.analysis.moments import Moments, MomentsObserver
 from fxcompress.analysis.patches import READABLE
 from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.layers import CalledLayer, Layer
-from fxcompress.pass_base import Guarantee, Need, Observation, PassContext, Refusal, Site, Stage
+from fxcompress.pass_base import Guarantee, Knob, Need, Observation, PassContext, Refusal, Site, Stage
 from fxcompress.passes.quantization.deciding import Found, RoundingPass
 from fxcompress.passes.quantization.embeddings import EmbeddingRounding
 from fxcompress.passes.quantization.emission import write_layer
@@ -144,6 +145,24 @@ class Quantize(RoundingPass):
         """See :meth:`Pass.rewrite`."""
         said: Mapping[str, Any] | None = site.data.operate()
         return said
+
+    # ------------------------------------------------------------------------------------------------- for a search
+    def knobs(self, context: PassContext) -> Iterator[Knob]:
+        """See :meth:`Pass.knobs`: for each layer and table whether it is quantised.
+
+        Fewer bits are not offered, as integers are stored as int8 whatever their bits.
+        """
+        if is_fake_quantized(context.gm):
+            return
+        found = Found.of(self, context)
+        for path in (*(c.path for c in found.layers), *(c.path for c in found.embeddings)):
+            yield Knob(path, "bits", (self.weight_bits,))
+
+    def turned(self, settings: Mapping[str, float]) -> Quantize:
+        """See :meth:`Pass.turned`."""
+        bits = {glob.escape(layer): int(n) for layer, n in settings.items()}
+        others = {layer: {"weight_bits": n} for layer, n in bits.items() if n != self.weight_bits}
+        return dataclasses.replace(self, only=tuple(bits), overrides={**self.overrides, **others})
 
     # ------------------------------------------------------------------------------------------------- options
     def _converts(self, context: PassContext) -> None:

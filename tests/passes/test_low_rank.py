@@ -360,6 +360,32 @@ def test_the_record_says_what_became_of_each_layer() -> None:
     assert any(d["rank"] is not None for d in details.values())
 
 
+@pytest.mark.parametrize("measure", ["params", "macs"])
+def test_single_layers_have_ratios_of_their_own(measure: Any) -> None:
+    ratios = {"3": 0.5, "9": 0.25, "5": 0.0, "11": 0.99}
+    gm, record = compress(Alds(per_layer=ratios, measure=measure))
+    found = {detail["module"]: detail for detail in record.details}
+    assert set(found) == {"3", "9", "11"}  # the others are not looked at
+    assert found["11"]["rank"] is None  # no pair has one percent of 640 parameters
+    model = network()
+    for path in ("3", "9"):
+        layer = model.get_submodule(path)
+        assert found[path]["parameters_before"] == layer.weight.numel()  # type: ignore[union-attr,operator]
+        if measure == "params":
+            left = found[path]["parameters_after"] / found[path]["parameters_before"]
+            assert 0.9 * (1 - ratios[path]) < left <= 1 - ratios[path]
+    assert torch.equal(gm.get_submodule("5").weight, model[5].weight)  # type: ignore[arg-type]
+
+
+def test_what_a_search_may_set() -> None:
+    gm = fxcompress.trace(network(), torch.randn(2, 3, 16, 16))
+    context = fxcompress.PassContext(gm, fxcompress.Example((torch.randn(2, 3, 16, 16),)))
+    knobs = list(Alds(exclude=("11",)).knobs(context))
+    assert [knob.layer for knob in knobs] == ["0", "3", "5", "9"]
+    turned = Alds(error="bound").turned({"3": 0.25})
+    assert (turned.error, turned.per_layer) == ("bound", {"3": 0.25})
+
+
 def test_what_is_excluded_stays() -> None:
     _, record = compress(Alds(0.3, exclude=("5", "1*")))
     assert [d["module"] for d in record.details] == ["0", "3", "9"]
@@ -468,6 +494,7 @@ def test_refusals(model: Any, reason: str) -> None:
         ({"schemes": (4,)}, "schemes are some of"),
         ({"schemes": ()}, "schemes are some of"),
         ({"slices": 0}, "slices must be at least 1"),
+        ({"per_layer": {"3": 1.0}}, "per_layer.*at least 0 and below 1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -551,3 +551,13 @@ def test_options_in_text() -> None:
     text = "prune-channels:ratio=0.25,scope=global,importance=l1,exclude=('2',)"
     gm = fxcompress.compile(copy.deepcopy(model), text, torch.ones(2, 1))
     assert gm.get_submodule("0").out_features == 3
+
+
+def test_what_a_search_may_set() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    x = torch.randn(4, 8)
+    context = fxcompress.PassContext(fxcompress.trace(model, x), fxcompress.Example((x,)))
+    pass_ = PruneChannels(ratio=0.7, measure="params", exclude=("4",))
+    assert [knob.layer for knob in pass_.knobs(context)] == ["0", "2"]
+    found = fxcompress.compile(model, [pass_.turned({"2": 0.25})], x)
+    assert [tuple(p.shape) for p in found.parameters() if p.dim() == 2] == [(16, 8), (9, 16), (4, 9)]

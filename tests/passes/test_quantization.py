@@ -691,3 +691,18 @@ def test_both_roads_to_integer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         for graph in (reference, lowered):
             torch._dynamo.reset()
             assert float((torch.compile(graph)(x) - reference(x)).norm() / reference(x).norm()) < 0.03
+
+
+def test_what_a_search_may_set() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(4, 8)
+    knobs = list(Quantize().knobs(fxcompress.PassContext(fxcompress.trace(model, x), fxcompress.Example((x,)))))
+    assert [(k.layer, k.option, k.settings) for k in knobs] == [("0", "bits", (8,)), ("2", "bits", (8,))]
+    turned = Quantize(observer="min-max").turned({"2": 8, "0": 4})
+    assert (turned.observer, turned.settings(["0"])["weight_bits"], turned.settings(["2"])["weight_bits"]) == (
+        "min-max",
+        4,
+        8,
+    )
+    one = fxcompress.compile(model, [Quantize().turned({"2": 8})], x, calibration=[x])
+    assert [d["module"] for d in fxcompress.report(one).passes[0].details if "module" in d] == ["2"]
