@@ -112,7 +112,7 @@ while True:
 def test_a_killed_save_leaves_one_or_the_other(tmp_path: Path) -> None:
     target = tmp_path / "saved"
     values = set()
-    for delay in (0.0, 0.003, 0.01, 0.03, 0.05):
+    for delay in (0.0, 0.01, 0.03):
         writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(target)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
