@@ -60,8 +60,13 @@ def searched(model: nn.Module | None = None, **options: Any) -> fxcompress.Searc
     return fxcompress.search(network() if model is None else model, batches[0][:1], **given)
 
 
+@pytest.fixture(scope="module")
+def plain() -> fxcompress.SearchResult:
+    return searched()
+
+
 # ------------------------------------------------------------------------------------------------- what is found
-@pytest.mark.parametrize(("measure", "part"), [("params", 0.5), ("macs", 0.6), ("bytes", 0.4)])
+@pytest.mark.parametrize(("measure", "part"), [("macs", 0.6), ("bytes", 0.4)])
 def test_the_target_is_met_and_what_is_said_of_the_result_is_so(measure: str, part: float) -> None:
     model = network()
     result = searched(model, target={measure: part})
@@ -76,7 +81,7 @@ def test_the_target_is_met_and_what_is_said_of_the_result_is_so(measure: str, pa
     for name, left in sizes.items():
         assert result.best.cost[name] == pytest.approx(left)
     assert sizes[measure] <= part
-    y, z = (torch.cat([gm(batch) for batch in data()]) for gm in (model, result.module))
+    y, z = (torch.cat([gm(batch) for batch in data()]).detach() for gm in (model, result.module))
     assert result.best.error == pytest.approx(float((y - z).norm() / y.norm()), rel=1e-3)
     assert result.best.drop == result.best.error
 
@@ -100,8 +105,8 @@ def test_the_passes_make_the_same_graph_again() -> None:
     torch.testing.assert_close(again(x), result.module(x), rtol=0, atol=0)
 
 
-def test_the_front_falls_and_nothing_tried_beats_it() -> None:
-    result = searched()
+def test_the_front_falls_and_nothing_tried_beats_it(plain: fxcompress.SearchResult) -> None:
+    result = plain
     costs, drops = [p.cost["params"] for p in result.front], [p.drop for p in result.front]
     assert costs == sorted(costs)
     assert drops == sorted(drops, reverse=True)
@@ -112,8 +117,8 @@ def test_the_front_falls_and_nothing_tried_beats_it() -> None:
     assert set(result.best.cost) == {"latency", "macs", "params", "bytes"}
 
 
-def test_sensitivity_has_every_layer_and_is_in_the_report() -> None:
-    result = searched()
+def test_sensitivity_has_every_layer_and_is_in_the_report(plain: fxcompress.SearchResult) -> None:
+    result = plain
     found = {(c.knob, c.layer) for c in result.sensitivity}
     layers = ("0", "3", "5")
     assert found == {("prune-channels ratio", n) for n in layers} | {("alds ratio", n) for n in (*layers, "9")}
@@ -144,7 +149,7 @@ def test_latency_is_a_target() -> None:
 def test_the_model_and_the_data_stay_as_they_are() -> None:
     model, batches = network(), data()
     state, copies = copy.deepcopy(model.state_dict()), [b.clone() for b in batches]
-    searched(model, calibration=batches, passes=(*PRUNE_AND_FACTORISE, "quantize"))
+    searched(model, calibration=batches, passes=(*PRUNE_AND_FACTORISE, "quantize"), tries=1)
     assert all(torch.equal(a, state[k]) for k, a in model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(batches, copies, strict=True))
     assert not model.training
@@ -159,7 +164,7 @@ def test_a_compressed_graph_can_be_searched() -> None:
 
 # ------------------------------------------------------------------------------------------------- what is not met
 def test_a_target_that_cannot_be_met_is_said() -> None:
-    result = searched(target={"params": 0.01})
+    result = searched(target={"params": 0.01}, passes=("fold-batch-norm", "alds"))
     assert not result.met
     assert result.within_target is None
     assert result.within_drop is not None
@@ -171,7 +176,7 @@ def test_a_target_that_cannot_be_met_is_said() -> None:
 
 
 def test_a_drop_that_cannot_be_met_is_said() -> None:
-    result = searched(max_drop=0.0)
+    result = searched(max_drop=0.0, passes=("fold-batch-norm", "alds"))
     assert not result.met
     assert result.within_target is not None
     assert result.within_target.cost["params"] <= 0.5
@@ -191,7 +196,7 @@ def test_evaluate_says_what_is_lost() -> None:
         assert not torch.is_grad_enabled()
         return sum((gm(b).argmax(1) == y).sum() for b, y in zip(batches, labels, strict=True)) / 32  # type: ignore
 
-    result = searched(model, evaluate=accuracy, max_drop=0.5)
+    result = searched(model, evaluate=accuracy, max_drop=0.5, passes=("alds",), tries=2)
     for point in result.tried[1:]:
         gm = fxcompress.compile(model, list(point.passes), batches[0][:1], calibration=batches, verify=False)
         with torch.no_grad():
@@ -203,10 +208,14 @@ def test_evaluate_says_what_is_lost() -> None:
 )
 def test_an_evaluate_that_gives_no_number_is_refused(value: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        searched(evaluate=lambda gm: value)
+        searched(evaluate=lambda gm: value, passes=("alds",))
 
 
 # ------------------------------------------------------------------------------------------------- going on
+def again(model: nn.Module | None = None, **options: Any) -> fxcompress.SearchResult:
+    return searched(model, **{"passes": ("fold-batch-norm", "alds"), "tries": 2, **options})
+
+
 class _Killed(BaseException):
     pass
 
@@ -240,23 +249,23 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("after", [5, 24])
+@pytest.mark.parametrize("after", [5, 14])
 def test_one_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     file = tmp_path / "measured.json"
     made = _counted(monkeypatch)
-    whole = searched()
+    whole = again()
     all_of_them, made[:] = list(made), []
     with pytest.raises(_Killed):
-        searched(resume=file, progress=_killer(after))
+        again(resume=file, progress=_killer(after))
     before = list(made)
     assert before
     made.clear()
-    result = searched(resume=file)
+    result = again(resume=file)
     assert not set(before) & set(made)
     assert set(before) | set(made) == set(all_of_them)
     assert [(p.error, str(p)) for p in result.tried] == [(p.error, str(p)) for p in whole.tried]
     made.clear()
-    searched(resume=file)
+    again(resume=file)
     assert made == []
     assert [p.name for p in tmp_path.iterdir()] == ["measured.json"]
 
@@ -265,22 +274,22 @@ def test_another_model_or_data_is_measured_anew_and_another_target_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "measured.json"
-    searched(resume=file)
+    again(resume=file)
     made = _counted(monkeypatch)
-    searched(resume=file, target={"params": 0.6})
+    again(resume=file, target={"params": 0.6})
     assert not any(key.startswith("probe") for key in made)
     made.clear()
     other = network()
     with torch.no_grad():
         other[3].weight[0, 0, 0, 0] += 1.0  # type: ignore[union-attr,operator,index]
-    searched(other, resume=file)
+    again(other, resume=file)
     probes = sum(key.startswith("probe") for key in made)
-    assert probes == 21
+    assert probes == 12
     made.clear()
-    searched(resume=file, calibration=data(3))
+    again(resume=file, calibration=data(3))
     assert sum(key.startswith("probe") for key in made) == probes
     made.clear()
-    searched(resume=file)
+    again(resume=file)
     assert made == []
 
 
@@ -295,19 +304,19 @@ def test_another_file_is_not_taken_for_one(tmp_path: Path, text: str) -> None:
 
 def test_the_time_limit_holds_and_is_said(tmp_path: Path) -> None:
     start = time.perf_counter()
-    result = searched(time_limit=0.5, resume=tmp_path / "measured.json")
+    result = again(time_limit=0.3, resume=tmp_path / "measured.json")
     assert time.perf_counter() - start < 10  # one measurement that began is finished
     assert not result.complete
     assert "stopped by time_limit" in str(result)
     assert result.tried[0].drop == 0
-    later = searched(resume=tmp_path / "measured.json")
+    later = again(resume=tmp_path / "measured.json")
     assert later.complete
     assert later.met
 
 
 def test_progress_is_told() -> None:
     events: list[Event] = []
-    searched(progress=events.append)
+    searched(progress=events.append, passes=("alds",), tries=1)
     stages = list(dict.fromkeys(e.stage for e in events))
     assert stages == ["trace", "probe", "try", "done"]
     probes = [e for e in events if e.stage == "probe"]
@@ -342,7 +351,7 @@ class RoundWeights(Pass):
 
 
 def test_a_pass_of_somebody_else_joins_in() -> None:
-    result = searched(passes=("prune-channels", RoundWeights()))
+    result = searched(passes=("alds", RoundWeights()), tries=2)
     assert [c.points[0][0] for c in result.sensitivity if c.knob == "round-weights decimals"] == [2.0]
     assert "round-weights" not in [p.name for p in result.passes]  # it costs and saves nothing
 
