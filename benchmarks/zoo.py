@@ -11,8 +11,9 @@ there was *nothing to do*, or it is *refused* with the first reason), ``compile`
 script, with a comparison of its own on inputs and a batch size that nothing has seen, finds the same containers,
 shapes and dtypes, only finite numbers, fewer parameters (prune, alds) or bytes (int8), an output that depends on the
 input, the same first row alone as in the batch (where the network's own is), the traced graph as it was, and an error
-below a bound: fold to the last half of the digits, int8 less than the output itself. If any of these does not hold
-although ``compile`` said nothing, that is a *silent error* and counts as failed, as do crashes and time limits.
+below a bound: fold to the last half of the digits (or ten times the network's own rounding), int8 less than the output
+itself, and its kernels no further from the quantised graph than that is from the real one. If any of these does not
+hold although ``compile`` said nothing, that is a *silent error* and counts as failed, as do crashes and time limits.
 
 Run ``python benchmarks/zoo.py [--sets timm,hf] [--models REGEX] [--columns fold,int8] [--timeout 300] [--memory 14]``.
 Results are appended to ``--out`` as they come; what is there is not run again, unless ``--again`` names its
@@ -60,6 +61,8 @@ _EXACT = 2.0**-11.5
 """Half of the digits of float32: more than rounding does, less than what a wrong fold does."""
 _MOVES = 0.05
 """Outputs of real numbers that differ by less, relative to the largest, may be one integer."""
+_QUANTUM = 0.02
+"""What rounding otherwise at one step may do to an output."""
 _ROWS = {"fold": 1e-3, "prune": 1e-3, "alds": 1e-3, "int8": 0.2, "all": 0.2}
 
 
@@ -104,13 +107,15 @@ class Subject:
         """The graph with batch norms folded, which is made once."""
         return self._compile(self.graph, _FOLD)
 
-    def compiled(self, column: Column) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The real graph of a column, and what integers make of it (the same graph where none do)."""
+    def compiled(self, column: Column) -> list[fx.GraphModule]:
+        """The real graph of a column, and then what each step to integers makes of it."""
         starts = column.real[: len(_FOLD)] == _FOLD
         rest = column.real[len(_FOLD) :] if starts else column.real
         real = self.folded if starts else self.graph
-        real = self._compile(real, rest) if rest else real
-        return real, self._compile(real, column.integer) if column.integer else real
+        made = [self._compile(real, rest) if rest else real]
+        for step in column.integer:
+            made.append(self._compile(made[-1], (step,)))
+        return made
 
     def _compile(self, graph: fx.GraphModule, passes: tuple[str, ...]) -> fx.GraphModule:
         """Verified, with two batches of calibration data."""
@@ -210,14 +215,14 @@ def _measured(subject: Subject, name: str) -> dict[str, Any]:
     column = COLUMNS[name]
     start = time.process_time()
     try:
-        real, graph = subject.compiled(column)
+        made = subject.compiled(column)
     except (PreconditionError, UsageError) as error:
         return {"status": "refused", "reason": str(error)}
     except Exception as error:
         said = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         return {**said, "traceback": traceback.format_exc()}
     seconds = time.process_time() - start
-    report = fxcompress.report(graph)
+    report = fxcompress.report(made[-1])
     record = {"compile_seconds": seconds, **_said(report, column)}
     idle = [p for p in report.passes if p.name in column.about and not _acted(p)]
     if idle and idle[0].refusals:
@@ -225,7 +230,7 @@ def _measured(subject: Subject, name: str) -> dict[str, Any]:
         return record | {"status": "refused", "reason": f"{idle[0].name}: {reasons.most_common(1)[0][0]}"}
     if idle:
         return record | {"status": "nothing to do", "reason": f"{idle[0].name} finds nothing to rewrite"}
-    found, wrong = _compared(subject, real, graph, name)
+    found, wrong = _compared(subject, made, name)
     wrong += [f"{p.name} is not verified: {p.verification}" for p in report.passes if not p.verified]
     if wrong:
         return record | found | {"status": "failed", "reason": f"silent error: {'; '.join(wrong)}"}
@@ -256,11 +261,9 @@ def _said(report: Any, column: Column) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _compared(
-    subject: Subject, real: fx.GraphModule, graph: fx.GraphModule, name: str
-) -> tuple[dict[str, Any], list[str]]:
+def _compared(subject: Subject, made: list[fx.GraphModule], name: str) -> tuple[dict[str, Any], list[str]]:
     """Figures, and what is wrong, on inputs that ``compile`` has not seen."""
-    column, wrong = COLUMNS[name], []
+    column, wrong, real, graph = COLUMNS[name], [], made[0], made[-1]
     output = forward(graph, subject.inputs)
     error = distance(subject.expected, output)
     if any(not bool(t.isfinite().all()) for _, t in tensors(output) if t.is_floating_point()):
@@ -278,9 +281,16 @@ def _compared(
     of_real = forward(real, subject.inputs)
     found["moves"] = distance(of_real, forward(real, others))
     if column.integer:
-        found["integer_error"], found["integer_l2"] = distance(of_real, output), _relative_l2(of_real, output)
+        of_reference = forward(made[1], subject.inputs)
+        found["integer_l2"] = _relative_l2(of_real, output)
+        found["reference_l2"], found["lowering_l2"] = (
+            _relative_l2(of_real, of_reference),
+            _relative_l2(of_reference, output),
+        )
         if not found["integer_l2"] < 1:
             wrong.append(f"the error of integers is {found['integer_l2']:.2f} of the output")
+        if not found["lowering_l2"] < found["reference_l2"] + _QUANTUM:
+            wrong.append(f"kernels add an error of {found['lowering_l2']:.2f} to {found['reference_l2']:.2f}")
     if found["moves"] > _MOVES and distance(output, forward(graph, others)) == 0:
         wrong.append("the output does not depend on the input")
     if subject.rows is not None and subject.rows <= 1e-3:
