@@ -26,12 +26,16 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model by name: ``build()`` makes it, ``draw(generator, batch)`` makes inputs for one that was built."""
+    """A model by name: ``build()`` makes it, ``draw(generator, batch)`` makes inputs for one that was built.
+
+    ``build_for(pixels)`` makes one that is told the size of its images, and raises where there is no such option.
+    """
 
     name: str
     set: str
     build: Callable[[], nn.Module]
     draw: Callable[[nn.Module, torch.Generator, int], Inputs]
+    build_for: Callable[[int], nn.Module] | None = None
 
     def run(self, seed: int = 0) -> Run:
         """The model in eval mode, the same one each time, with live weights."""
@@ -131,7 +135,10 @@ def _torchvision(name: str, set_: str, sizes: tuple[int, ...], **options: Any) -
     def build() -> nn.Module:
         return torchvision_models().get_model(name, weights=None, **options)
 
-    return Model(name, set_, build, _images(*sizes))
+    def build_for(pixels: int) -> nn.Module:
+        return torchvision_models().get_model(name, weights=None, image_size=pixels, **options)
+
+    return Model(name, set_, build, _images(*sizes), build_for if name.startswith("vit_") else None)
 
 
 def _images(*sizes: int) -> Callable[[nn.Module, torch.Generator, int], Inputs]:
@@ -209,16 +216,17 @@ def _timm() -> Iterable[Model]:
     torchvision_models()  # timm imports it
     importlib.import_module("timm")  # once, before the processes of the models part
 
-    def build(name: str) -> nn.Module:
+    def build(name: str, pixels: int | None = None) -> nn.Module:
         import timm
 
-        return timm.create_model(name, pretrained=False)
+        return timm.create_model(name, pretrained=False, **({} if pixels is None else {"img_size": pixels}))
 
     def draw(module: nn.Module, generator: torch.Generator, batch: int) -> Inputs:
         return (torch.randn(batch, *module.default_cfg["input_size"], generator=generator),), {}
 
     for name in _TIMM:
-        yield Model(name, "timm", functools.partial(build, name), draw)
+        make = functools.partial(build, name)
+        yield Model(name, "timm", make, draw, make)
 
 
 # ------------------------------------------------------------------------------------------------------ Hugging Face

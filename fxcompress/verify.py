@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from fxcompress.analysis.outputs import non_finite, tensor_leaves
 from fxcompress.calibration import check_batch
-from fxcompress.examples import evaluate, reproducible, run
+from fxcompress.examples import evaluate, reproducible, run, with_larger_batch
 from fxcompress.pass_base import Example, Guarantee
 from fxcompress.proof import Change, Verdict, check_outputs, failure, prove, reference_output
 
@@ -26,9 +27,31 @@ def verify(change: Change) -> Verdict:
     if change.pass_.guarantee is Guarantee.EXACT:
         return prove(change)
     change = change.compared()
-    if change.pass_.guarantee is Guarantee.APPROXIMATE:
-        return _approximate(change)
-    return _retrain(change)
+    verdict = _approximate(change) if change.pass_.guarantee is Guarantee.APPROXIMATE else _retrain(change)
+    if not _runs_on_larger_batch(change):
+        return verdict
+    return dataclasses.replace(verdict, how=f"{verdict.how}; runs on a larger batch")
+
+
+def _runs_on_larger_batch(change: Change) -> bool:
+    """Whether the graph before the pass takes a batch larger than the example; the graph after it must, too.
+
+    An example of a single row makes what does not grow with the batch look as if it did.
+
+    Raises:
+        VerificationError: it does not, or gives NaN, or other containers, shapes or dtypes.
+    """
+    larger = with_larger_batch(change.before, change.example, seed=2)
+    if larger is None:
+        return False
+    try:
+        reference = evaluate(change.before, larger)
+    except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
+        return False
+    if non_finite(reference) is not None:
+        return False
+    check_outputs(change, change.after, larger, reference, "a larger batch")
+    return True
 
 
 def _measure(change: Change) -> tuple[float, str, tuple[str, ...]]:

@@ -75,7 +75,7 @@ class FoldBatchNorm(Pass):
         survey = _Survey(context)
         for node in context.gm.graph.nodes:
             if matching.is_call(node, ("batch_norm",)):
-                yield Refusal(node, "batch norm called as a function; tracing with example inputs makes it a module")
+                yield Refusal(node, _why_not_a_function(node))
             elif isinstance(context.module(node), _BatchNorm) and node not in survey.settled:
                 found = survey.examine(node)
                 if isinstance(found, str):
@@ -97,6 +97,12 @@ class FoldBatchNorm(Pass):
             # The layer takes the batch norm's place: an in-place change of `source` may stand between the two.
             norm_node.prepend(layer_node)
             editing.erase(norm_node)
+
+
+def _why_not_a_function(node: fx.Node) -> str:
+    if matching.argument(node, 1, "running_mean") is None:
+        return "it keeps no running statistics (as in the standardisation of weights), so it is no fixed map"
+    return "batch norm called as a function; tracing with example inputs makes it a module"
 
 
 # --- the arithmetic, all in float64 ---

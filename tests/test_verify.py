@@ -394,6 +394,32 @@ def test_another_batch_size_shows_what_the_example_hides() -> None:
         judge(before, Bake(), X)
 
 
+@pytest.mark.parametrize("given", [Guarantee.APPROXIMATE, Guarantee.RETRAIN])
+@pytest.mark.parametrize("sizes", [(5, 2), (5, -1)])
+def test_a_batch_size_that_became_fixed(given: Guarantee, sizes: tuple[int, ...]) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).reshape(x.size(0), 2)
+
+    @dataclasses.dataclass(frozen=True)
+    class Fix(Pass):
+        name: ClassVar[str] = "fix"
+        guarantee = given
+
+        def sites(self, context: PassContext) -> Iterator[Site | Refusal]:
+            yield from (Site(node) for node in context.gm.graph.nodes if node.target == "reshape")
+
+        def rewrite(self, site: Site) -> None:
+            site.node.args = (site.node.args[0], *sizes)
+
+    with pytest.raises(VerificationError, match="on a larger batch"):
+        judge(Rows(), Fix(), X)
+
+
 def test_a_fixed_batch_size_is_no_error() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
@@ -403,9 +429,10 @@ def test_a_fixed_batch_size_is_no_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x).view(5, 2)
 
-    verdict = judge(Fixed(), EachLinear(nothing), X)
-    assert verdict.verified
-    assert "larger batch" not in verdict.how
+    for pass_ in (EachLinear(nothing), Approximately(nothing), ForRetraining(nothing)):
+        verdict = judge(Fixed(), pass_, X)
+        assert verdict.verified
+        assert "larger batch" not in verdict.how
 
 
 def test_dtypes_that_the_graph_names_become_float64() -> None:

@@ -500,6 +500,21 @@ def test_functional_batch_norm_is_refused() -> None:
     assert "called as a function" in refused(FoldBatchNorm(), Functional().eval(), X)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution of a weight that is normalised in each run, as in ResNets V2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=1e-8).reshape_as(
+            self.weight
+        )
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+def test_the_standardisation_of_weights_is_no_batch_norm() -> None:
+    assert "no running statistics" in refused(FoldBatchNorm(), Standardised(3, 4, 3).eval(), X)
+
+
 def test_folding_needs_no_example_where_the_rank_is_certain() -> None:
     gm, applied = apply(FoldBatchNorm(), conv_norm())
     assert len(applied.sites) == 1
