@@ -48,13 +48,14 @@ class ModuleWriter(ValueWriter):
         self._numbers: dict[int, int | None] = {}
         self._path = ""
 
-    def number(self, module: nn.Module, path: str, called: bool = True) -> int:
+    def number(self, module: nn.Module, path: str, run: frozenset[str] | None = None) -> int:
         """The number of ``module``, written when it is first met.
 
         Args:
             module: the module.
             path: where it is.
-            called: whether it is run; of one that only holds others nothing else is kept.
+            run: paths of the modules that are run, if this one only holds them; of its own nothing is kept then
+                that is not known. ``None``: it is run, and what is below it may be.
 
         Raises:
             SerializationError: it, or something in it, has no form.
@@ -66,26 +67,28 @@ class ModuleWriter(ValueWriter):
             return number
         self._numbers[id(module)] = None
         outer, self._path = self._path, path
-        entry = self._graph(module, path) if isinstance(module, fx.GraphModule) else self._module(module, path, called)
+        entry = self._graph(module, path) if isinstance(module, fx.GraphModule) else self._module(module, path, run)
         self._path = outer
         self.entries.append(entry)
         self._numbers[id(module)] = len(self.entries) - 1
         return len(self.entries) - 1
 
     def _graph(self, gm: fx.GraphModule, path: str) -> Json:
-        run = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-        run |= {n.target for n in gm.graph.nodes if n.op == "get_attr" and _is_module(gm, str(n.target))}
-        entry = self._common(gm, path, _Run(run))
+        _refuse_hooks(gm, path)
+        called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+        called |= {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and _is_module(gm, str(n.target))}
+        entry = self._common(gm, path, frozenset(_join(path, target) for target in called))
         name = type(gm).__name__ if _CLASS_NAME.fullmatch(type(gm).__name__) else "GraphModule"
         return {"class": _GRAPH, "name": name, **entry, "graph": write_graph(gm.graph, self._arguments)}
 
-    def _module(self, module: nn.Module, path: str, called: bool) -> Json:
+    def _module(self, module: nn.Module, path: str, run: frozenset[str] | None) -> Json:
         kind = type(module)
-        known = own_name(kind)
-        if known is None and not called:
-            return {"class": f"{nn.Module.__module__}.Module", **self._common(module, path, _Run({}, path))}
+        if run is None:
+            _refuse_hooks(module, path)
+        elif own_name(kind) is None:
+            return {"class": f"{nn.Module.__module__}.Module", **self._common(module, path, run)}
         where = f"module {path!r} ({kind.__name__})"
-        entry = {"class": self.name(kind, where), **self._common(module, path, None)}
+        entry = {"class": self.name(kind, where), **self._common(module, path, run)}
         attributes = {}
         for name, value in self._state(module, where).items():
             _check_attribute(kind, name, where)
@@ -98,13 +101,8 @@ class ModuleWriter(ValueWriter):
             raise SerializationError(f"{where}: its __getstate__ gives no dict")
         return {name: value for name, value in state.items() if name not in _INTERNAL}
 
-    def _common(self, module: nn.Module, path: str, run: _Run | None) -> dict[str, Json]:
-        """Flags, parameters, buffers and children; ``run`` tells which of the latter are run (``None``: all)."""
-        hooks = [name for name in _HOOKS if vars(module).get(name)]
-        if hooks and (run is None or not path):
-            raise SerializationError(
-                f"module {path or 'of the graph'!r} has hooks ({', '.join(hooks)}), which are code; remove them first"
-            )
+    def _common(self, module: nn.Module, path: str, run: frozenset[str] | None) -> dict[str, Json]:
+        """Flags, parameters, buffers and children."""
         entry: dict[str, Json] = {"training": True} if module.training else {}
         for kind, table in (("parameters", module._parameters), ("buffers", module._buffers)):
             numbers: dict[str, Json] = {}
@@ -119,7 +117,8 @@ class ModuleWriter(ValueWriter):
         for name, child in module._modules.items():
             if name != CARRIER:
                 below = check_path(_join(path, name), f"module {path!r}")
-                children[name] = None if child is None else self.number(child, below, run is None or run.holds(below))
+                inside = None if run is None or below in run else run
+                children[name] = None if child is None else self.number(child, below, inside)
         if children:
             entry["modules"] = children
         return entry
@@ -132,16 +131,12 @@ class ModuleWriter(ValueWriter):
         return None
 
 
-class _Run:
-    """Which modules a graph runs, by paths below it."""
-
-    def __init__(self, paths: Any, within: str = "") -> None:
-        self._paths, self._within = paths, within
-
-    def holds(self, path: str) -> bool:
-        """Whether the module at ``path`` is run, or lies inside one that is."""
-        parts = path.split(".")
-        return any(".".join(parts[:i]) in self._paths for i in range(1, len(parts) + 1))
+def _refuse_hooks(module: nn.Module, path: str) -> None:
+    hooks = [name for name in _HOOKS if vars(module).get(name)]
+    if hooks:
+        raise SerializationError(
+            f"module {path or 'of the graph'!r} has hooks ({', '.join(hooks)}), which are code; remove them first"
+        )
 
 
 def _is_module(root: nn.Module, path: str) -> bool:

@@ -35,6 +35,32 @@ def test_hooks_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_hooks_of_graphs_inside_are_refused(tmp_path: Path) -> None:
+    outer, inner = torch.fx.Graph(), _graph()
+    outer.output(outer.call_module("inner", (outer.placeholder("x"),)))
+    gm = torch.fx.GraphModule({"inner": inner}, outer)
+    fxcompress.save(gm, tmp_path / "saved")
+    inner.register_forward_hook(lambda *_: None)
+    with pytest.raises(fxcompress.SerializationError, match=r"inner.*hooks"):
+        fxcompress.save(gm, tmp_path / "saved")
+
+
+def test_what_only_holds_others_needs_no_trust(tmp_path: Path) -> None:
+    class Foreign(nn.Module):
+        pass
+
+    root, holder = nn.Module(), nn.Module()
+    root.holder, holder.foreign = holder, Foreign()
+    holder.foreign.linear = nn.Linear(3, 3)
+    graph = torch.fx.Graph()
+    graph.output(graph.call_module("holder.foreign.linear", (graph.placeholder("x"),)))
+    gm = torch.fx.GraphModule(root, graph)
+    gm.holder.foreign = holder.foreign  # torch.fx had put a plain module in its place
+    fxcompress.save(gm, tmp_path / "saved")
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(fxcompress.load(tmp_path / "saved")(x), gm(x))
+
+
 def test_parametrised_layers_are_refused(tmp_path: Path) -> None:
     gm = _graph()
     torch.nn.utils.parametrizations.weight_norm(gm.head)
