@@ -94,8 +94,11 @@ def _functions() -> dict[str, Any]:
     def operation(name: str, value: Any) -> bool:
         return not name.startswith("_") and name not in _READS_FILES and not isinstance(value, type)
 
+    def native(name: str, value: Any) -> bool:  # some have names of one underscore, such as the norm of weights
+        return not name.startswith("__") and name not in _READS_FILES and _is_native(value)
+
     add("torch.nn.functional", dir(F), F, lambda name, value: operation(name, value) and name not in _NO_FUNCTIONAL)
-    add("torch", dir(torch._C._VariableFunctions), torch, operation)
+    add("torch", dir(torch._C._VariableFunctions), torch, native)
     add("torch", (*torch.functional.__all__, *_TORCH), torch)
     for module in (torch.linalg, torch.fft, torch.special):
         add(module.__name__, dir(module), module, lambda name, value: operation(name, value) and _is_native(value))
