@@ -176,6 +176,7 @@ class _Data:
 def _fingerprint(origin: fx.GraphModule, passes: Sequence[Pass], example: Example, data: _Data, evaluate: Any) -> str:
     """What the measurements depend on; times depend on the machine and on threads."""
     parts = [described(p) for p in (origin, list(passes), example, data, evaluate)]
+    parts += [repr(list(passes))]  # options of kinds that have no words would look alike
     parts += [torch.__version__, platform.machine(), platform.processor(), str(torch.get_num_threads())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
