@@ -2,8 +2,8 @@
 
 Networks (see ``models.py``: torchvision, the smallest of each module of timm, tiny Hugging Face configurations) have
 random live weights and are in eval mode. Columns are *fold* (batch norms into layers), *prune* (half of the channels),
-*alds* (half of the parameters), *int8* (fold, then integers on integer kernels) and *all* (fold, prune, alds, int8, in
-this order, half each). A network has a process of its own, in which it is built and traced once; images are as small as
+*alds* (half of the parameters), *int8* (fold, then integers on integer kernels) and *all* (fold, 30% of the channels,
+30% of the parameters, int8, in this order). A network has a process of its own, in which it is built and traced once; images are as small as
 it takes them. What ``compile`` verifies is verified.
 
 *Worked* means more than that nothing was raised. The passes that a column is about have each rewritten something (else
@@ -17,8 +17,7 @@ although ``compile`` said nothing, that is a *silent error* and counts as failed
 
 Run ``python benchmarks/zoo.py [--sets timm,hf] [--models REGEX] [--columns fold,int8] [--timeout 300] [--memory 14]``.
 Results are appended to ``--out`` as they come; what is there is not run again, unless ``--again`` names its
-status.
-With ``--write`` the tables go to benchmarks/results/zoo.md. ``--tables`` runs nothing.
+status. With ``--write`` the tables go to benchmarks/results/zoo.md. ``--tables`` runs nothing.
 """
 
 from __future__ import annotations
