@@ -26,7 +26,7 @@ import publish
 import torch
 from int8_peers import VARIANTS, Call, Workbench
 from models import Inputs, Model, Run
-from torch import nn
+from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.demo_inputs import crops, load_model, load_photos
@@ -90,6 +90,18 @@ class Stacked(Workbench):
         }
 
 
+class _Called(nn.Module):
+    """What another runtime computes, one sample at a time."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of shape ``(batch, classes)``."""
+        return torch.cat([torch.as_tensor(self.call(sample)).clone() for sample in x.split(1)])
+
+
 def _draw(module: nn.Module, generator: torch.Generator, batch: int) -> Inputs:
     seed = int(torch.randint(1 << 30, (), generator=generator))
     return (crops(list(load_photos().values()), batch, seed=seed),), {}
@@ -146,6 +158,8 @@ def measure(model: Model, stage: Callable[[str], None], *, threads: int, rounds:
             calls[name] = make()
         except Exception as error:  # a peer's
             record["failed"][name] = f"{type(error).__name__}: {error}"[:300]
+    if held_out and "openvino" in calls:
+        record["openvino"] = photos.compared(_Called(calls["openvino"]), held_out)
     stage("time")
     record["latency"] = int8._in_turns(calls, bench.x, rounds)
     return record
@@ -159,15 +173,12 @@ def _text(records: Sequence[dict[str, Any]]) -> str:
             continue
         latency = {name: found["wall"]["median"] for name, found in record["latency"].items()}
         openvino = latency["openvino"]
-        rows = [
-            [f"{n}, uncompressed", _ms(latency[n]), _ratio(openvino, latency[n]), "", "", ""]
-            for n in _PEERS
-            if n in latency
-        ]
+        peers = [name for name in _PEERS if name in latency]
+        rows = [[f"{n}, uncompressed", _ms(latency[n]), _ratio(openvino, latency[n]), "", "", ""] for n in peers]
+        if "openvino" in record:
+            rows[peers.index("openvino")][-1] = _same(record["openvino"])
         for name, stack in record["stacks"].items():
-            seen = stack["agreement"] and stack["agreement"]["seen"]["same"]
-            unseen = stack["agreement"] and stack["agreement"]["unseen"]["same"]
-            same = f"{seen:.1%} / {unseen:.1%}" if seen is not None else "-"
+            same = _same(stack["agreement"]) if stack["agreement"] else "-"
             sizes = [f"{stack['macs']:.0%}", f"{stack['bytes']:.0%}", f"{same} ({stack['error']:.2f})"]
             for way in ("lowered", "compiled", "in OpenVINO"):
                 if (key := f"{name}: {way}") in latency:
@@ -181,6 +192,10 @@ def _text(records: Sequence[dict[str, Any]]) -> str:
         "relative norm. Weights of ResNet-50, MobileNetV2 and ViT-B/16 are random."
     )
     return "\n\n".join([*parts, note])
+
+
+def _same(found: dict[str, Any]) -> str:
+    return " / ".join(f"{found[kind]['same']:.1%}" for kind in ("seen", "unseen"))
 
 
 def _ms(seconds: float) -> str:
@@ -207,8 +222,7 @@ def main() -> None:
     records = []
     for record in isolated.sweep(_models(arguments.models), one, limits):
         records.append(record)
-        print(_text(records[-1:]), flush=True)
-    publish.publish("headline", _text(records), records, write=not arguments.dry_run)
+        publish.publish("headline", _text(records), records, write=not arguments.dry_run)
 
 
 if __name__ == "__main__":

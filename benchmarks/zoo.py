@@ -3,8 +3,8 @@
 Networks (see ``models.py``: torchvision, the smallest of each module of timm, tiny Hugging Face configurations) have
 random live weights and are in eval mode. Columns are *fold* (batch norms into layers), *prune* (half of the channels),
 *alds* (half of the parameters), *int8* (fold, then integers on integer kernels) and *all* (fold, 30% of the channels,
-30% of the parameters, int8, in this order). A network has a process of its own, in which it is built and traced once; images are as small as
-it takes them. What ``compile`` verifies is verified.
+30% of the parameters, int8, in this order). A network has a process of its own, in which it is built and traced once;
+images are as small as it takes them. What ``compile`` verifies is verified.
 
 *Worked* means more than that nothing was raised. The passes that a column is about have each rewritten something (else
 there was *nothing to do*, or it is *refused* with the first reason), ``compile`` has verified each of them, and this
