@@ -105,7 +105,8 @@ def compare(measure: str, part: float, minutes: float, tries: int, file: str | N
     print(result, flush=True)
     best = result.within_target
     if best is not None:
-        add(f"search: {best}", result.module, time.perf_counter() - start, [str(p) for p in result.passes])
+        used = [p.name for p in best.passes if p.name not in (*_EXACT, "lower-int8")]
+        add(f"search: {', '.join(used)}", result.module, time.perf_counter() - start, [str(p) for p in result.passes])
     for name, passes in rivals(measure, part).items():
         start = time.perf_counter()
         try:

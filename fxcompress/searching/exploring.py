@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -25,7 +26,9 @@ _PROBING = 0.5
 _CORRECTIONS = 4
 """How often one combination of passes is tried again because it came out too large or too small."""
 _CLOSE = 0.97
-"""What is at least this part of the target need not be made larger."""
+"""What is at least this part of what is aimed at need not be made larger."""
+_MARGIN = 0.97
+"""For latency this part of the target is aimed at, as it is measured again in the end and has noise."""
 
 
 class OutOfTime(Exception):
@@ -67,6 +70,12 @@ class Exploration:
 
     def run(self, measure: str, target: float, tries: int) -> bool:
         """Whether it came to its end; otherwise it ran out of time."""
+        complete = self._explore(measure, target, tries)
+        if measure == "latency":
+            self._confirm(target)
+        return complete
+
+    def _explore(self, measure: str, target: float, tries: int) -> bool:
         complete = True
         try:
             self._probe()
@@ -75,7 +84,10 @@ class Exploration:
         try:
             together = self._try_whole_passes(measure)
             self._try_plans(
-                Chooser(*self._known(measure, together), shares=measure == "latency"), measure, target, tries
+                Chooser(*self._known(measure, together), shares=measure == "latency"),
+                measure,
+                target * (_MARGIN if measure == "latency" else 1.0),
+                tries,
             )
         except OutOfTime:
             return False
@@ -203,6 +215,28 @@ class Exploration:
             self.points.append(point)
         self._seen[name] = point
         return point
+
+    def _confirm(self, target: float) -> None:
+        """Measure the latency of what would be the result again, and take the longer one, until that stays the result:
+        the best of many measured with noise is likely to be one that was lucky."""
+        confirmed: set[str] = set()
+        while True:
+            inside = [i for i, p in enumerate(self.points) if p.cost["latency"] <= target]
+            place = min(inside, key=lambda i: self.points[i].order("latency"), default=None)
+            if place is None or named(self.points[place].settings) in confirmed:
+                return
+            point = self.points[place]
+            name = named(point.settings)
+            self._tell(Event("try", None, len(self.points) - 1, None, f"again: latency {point.cost['latency']:.3f}"))
+
+            def timed(point: Point = point) -> dict[str, float]:
+                again = self._judge.latency(self._workshop.built(point.settings))
+                return {"error": point.error, "latency": again}
+
+            record = self._store.record(f"again {name}", timed)
+            cost = {**point.cost, "latency": max(point.cost["latency"], record["latency"])}
+            self.points[place] = dataclasses.replace(point, cost=cost)
+            confirmed.add(name)
 
     def _whole(self, plan: Plan) -> dict[str, Any]:
         try:

@@ -100,10 +100,10 @@ class Judge:
         """What ``gm`` has of each of :data:`MEASURES`, as a fraction of what the original has."""
         own = sizes_of(gm, self._example)
         parts = {m: own[m] / self.sizes[m] if self.sizes[m] else 1.0 for m in own}
-        return {"latency": self._latency(gm), **parts}
+        return {"latency": self.latency(gm), **parts}
 
-    def _latency(self, gm: fx.GraphModule) -> float:
-        """Medians of calls in turns."""
+    def latency(self, gm: fx.GraphModule) -> float:
+        """What one call takes, as a fraction of what the original's takes: medians of calls in turns."""
         args, kwargs = self._example.args, self._example.kwargs
         once = latency(self._origin, args, kwargs, warmup=1, repeats=1).median
         repeats = min(max(int(_SECONDS / (2 * once + 1e-9)), _FEWEST), _MOST)

@@ -36,6 +36,10 @@ class Point:
     passes: tuple[Pass, ...]
     settings: Plan
 
+    def order(self, measure: str) -> tuple[float, float, float]:
+        """What loses least comes first; of equal ones what has least of ``measure``."""
+        return self.drop, self.error, self.cost[measure]
+
     def __str__(self) -> str:
         return ", ".join(_in_words(p) for p in self.passes) or "nothing"
 

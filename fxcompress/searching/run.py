@@ -71,8 +71,9 @@ def search(
         model: the module to compress, which is never changed.
         example_inputs: as for :func:`fxcompress.compile`; sizes and times are of one run on them.
         example_kwargs: keyword arguments.
-        target: one of ``"latency"`` (of an eager run on this machine), ``"macs"``, ``"params"`` and ``"bytes"``, and
-            the fraction of the original's that the result may have, such as ``{"latency": 0.5}``.
+        target: one of ``"latency"``, ``"macs"``, ``"params"`` and ``"bytes"``, and the fraction of the original's that
+            the result may have, such as ``{"latency": 0.5}``. Latency is that of an eager run on this machine; what
+            would be the result is timed twice, and the longer time counts.
         max_drop: what may be lost of what ``evaluate`` says, or, without it, the relative error that outputs may have.
         evaluate: a function of a graph module that says how good it is; higher is better.
         calibration: batches, as for :func:`fxcompress.compile`; two at least, better ten.
@@ -191,7 +192,7 @@ def _concluded(exploration: Exploration, measure: str, part: float, max_drop: fl
         max_drop=max_drop,
         front=undominated(points, measure),
         tried=tuple(points),
-        within_target=min(inside, key=lambda p: (p.drop, p.error, p.cost[measure]), default=None),
+        within_target=min(inside, key=lambda p: p.order(measure), default=None),
         within_drop=min(kept, key=lambda p: (p.cost[measure], p.drop), default=None),
         sensitivity=exploration.curves(),
         left_out=tuple(exploration.left_out),

@@ -147,6 +147,23 @@ def test_latency_is_a_target() -> None:
     assert all(p.cost["latency"] > 0 for p in result.tried)
 
 
+def test_what_was_lucky_once_is_not_within_a_target_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxcompress.searching.measuring import Judge
+
+    seen: dict[int, int] = {}
+
+    def lucky(self: Judge, gm: nn.Module) -> float:
+        seen[id(gm)] = seen.get(id(gm), 0) + 1
+        return 0.5 if seen[id(gm)] == 1 else 0.7
+
+    monkeypatch.setattr(Judge, "latency", lucky)
+    result = searched(target={"latency": 0.6}, passes=("alds",), tries=1)
+    assert result.within_target is None
+    assert not result.met
+    assert {p.cost["latency"] for p in result.tried} == {0.7, 1.0}
+    assert searched(target={"latency": 0.8}, passes=("alds",), tries=1).met
+
+
 def test_the_model_and_the_data_stay_as_they_are() -> None:
     model, batches = network(), data()
     state, copies = copy.deepcopy(model.state_dict()), [b.clone() for b in batches]
