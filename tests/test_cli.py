@@ -1,5 +1,6 @@
 """The command line, called as a function."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import fxcompress
-from fxcompress import cli
+from fxcompress import cli, demo
 from fxcompress.cli_arguments import parse_input, read_dtype, resolve_model, split_passes
 from fxcompress.errors import UsageError
 from fxcompress.files import atomically
@@ -306,12 +307,21 @@ def test_threads_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--threads" in capsys.readouterr().err
 
 
-def test_demo_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All variants are made in test_demo.py.
+    monkeypatch.setattr(demo, "run", functools.partial(demo.run, variants={"folded": demo.VARIANTS["folded"]}))
     before = torch.get_num_threads()
     target = tmp_path / "demo.json"
-    assert cli.main(["demo", "--repeats", "1", "--threads", "1", "--json", str(target)]) == 0
+    assert (
+        cli.main(["demo", "--repeats", "1", "--threads", "1", "--json", str(target), "--out", str(tmp_path / "out")])
+        == 0
+    )
     assert "espresso" in capsys.readouterr().out
     assert json.loads(target.read_text(encoding="utf-8"))["environment"]["threads"] == 1
+    assert isinstance(fxcompress.load(tmp_path / "out" / "folded"), torch.fx.GraphModule)
+    assert (tmp_path / "out" / "folded.html").stat().st_size > 10_000
     assert torch.get_num_threads() == before
 
 
