@@ -3,17 +3,18 @@
 Networks (see ``models.py``: torchvision, the smallest of each module of timm, tiny Hugging Face configurations) have
 random live weights and are in eval mode. Columns are *fold* (batch norms into layers), *prune* (half of the channels),
 *alds* (half of the parameters), *int8* (fold, then integers on integer kernels) and *all* (fold, 30% of the channels,
-30% of the parameters, int8, in this order). A network has a process of its own, in which it is built and traced once; images are as small as
-it takes them. What ``compile`` verifies is verified.
+30% of the parameters, int8, in this order). A network has a process of its own, in which it is built and traced once;
+images are as small as it takes them. What ``compile`` verifies is verified.
 
 *Worked* means more than that nothing was raised. The passes that a column is about have each rewritten something (else
 there was *nothing to do*, or it is *refused* with the first reason), ``compile`` has verified each of them, and this
 script, with a comparison of its own on inputs and a batch size that nothing has seen, finds the same containers,
 shapes and dtypes, only finite numbers, fewer parameters (prune, alds) or bytes (int8), an output that depends on the
-input (prune, alds), the same first row alone as in the batch (where the network's own is), the traced graph as it was, and an error
-below a bound: fold to the last half of the digits (or ten times the network's own rounding), int8 less than the output
-itself, and its kernels about as near to the quantised graph as that is to the real one. If any of these does not hold
-although ``compile`` said nothing, that is a *silent error* and counts as failed, as do crashes and time limits.
+input (unless integers round it away), the same first row alone as in the batch (where the network's own is), the traced
+graph as it was, and an error below a bound: fold to the last half of the digits (or ten times the network's own
+rounding), int8 less than the output itself, and its kernels about as near to the quantised graph as that is to the real
+one. If any of these does not hold although ``compile`` said nothing, that is a *silent error* and counts as failed, as
+do crashes and time limits.
 
 Run ``python benchmarks/zoo.py [--sets timm,hf] [--models REGEX] [--columns fold,int8] [--timeout 300] [--memory 14]``.
 Results are appended to ``--out`` as they come; what is there is not run again, unless ``--again`` names its
