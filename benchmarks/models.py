@@ -136,9 +136,10 @@ def _torchvision(name: str, set_: str, sizes: tuple[int, ...], **options: Any) -
         return torchvision_models().get_model(name, weights=None, **options)
 
     def build_for(pixels: int) -> nn.Module:
-        return torchvision_models().get_model(name, weights=None, image_size=pixels, **options)
+        size = {"spatial_size": (pixels, pixels)} if name.startswith("mvit") else {"image_size": pixels}
+        return torchvision_models().get_model(name, weights=None, **size, **options)
 
-    return Model(name, set_, build, _images(*sizes), build_for if name.startswith("vit_") else None)
+    return Model(name, set_, build, _images(*sizes), build_for if name.startswith(("vit_", "mvit")) else None)
 
 
 def _images(*sizes: int) -> Callable[[nn.Module, torch.Generator, int], Inputs]:

@@ -10,11 +10,11 @@ images are as small as it takes them. What ``compile`` verifies is verified.
 there was *nothing to do*, or it is *refused* with the first reason), ``compile`` has verified each of them, and this
 script, with a comparison of its own on inputs and a batch size that nothing has seen, finds the same containers,
 shapes and dtypes, only finite numbers, fewer parameters (prune, alds) or bytes (int8), an output that depends on the
-input (prune, alds), the same first row alone as in the batch (where the network's own is), the traced graph as it was,
-and an error below a bound: fold to the last half of the digits (or ten times the network's own rounding), int8 less
-than the output itself, and its kernels about as near to the quantised graph as that is to the real one. If any of these
-does not hold although ``compile`` said nothing, that is a *silent error* and counts as failed, as do crashes and time
-limits.
+input (unless integers round it away), the same first row alone as in the batch (where the network's own is), the traced
+graph as it was, and an error below a bound: fold to the last half of the digits (or ten times the network's own
+rounding), int8 less than the output itself, and its kernels about as near to the quantised graph as that is to the real
+one. If any of these does not hold although ``compile`` said nothing, that is a *silent error* and counts as failed, as
+do crashes and time limits.
 
 Run ``python benchmarks/zoo.py [--sets timm,hf] [--models REGEX] [--columns fold,int8] [--timeout 300] [--memory 14]``.
 Results are appended to ``--out`` as they come; what is there is not run again, unless ``--again`` names its
