@@ -37,12 +37,12 @@ class Model:
     draw: Callable[[nn.Module, torch.Generator, int], Inputs]
     build_for: Callable[[int], nn.Module] | None = None
 
-    def run(self, seed: int = 0) -> Run:
-        """The model in eval mode, the same one each time, with live weights."""
+    def run(self, seed: int = 0, batch: int = 2) -> Run:
+        """The model in eval mode, the same one each time, with live weights; batch norms know a batch of that size."""
         torch.manual_seed(seed)
         module = self.build().eval()
         run = Run(self, module)
-        enliven(module, run.inputs(seed=100, batch=2))
+        enliven(module, run.inputs(seed=100, batch=batch))
         return run
 
 
@@ -136,10 +136,9 @@ def _torchvision(name: str, set_: str, sizes: tuple[int, ...], **options: Any) -
         return torchvision_models().get_model(name, weights=None, **options)
 
     def build_for(pixels: int) -> nn.Module:
-        size = {"spatial_size": (pixels, pixels)} if name.startswith("mvit") else {"image_size": pixels}
-        return torchvision_models().get_model(name, weights=None, **size, **options)
+        return torchvision_models().get_model(name, weights=None, image_size=pixels, **options)
 
-    return Model(name, set_, build, _images(*sizes), build_for if name.startswith(("vit_", "mvit")) else None)
+    return Model(name, set_, build, _images(*sizes), build_for if name.startswith("vit_") else None)
 
 
 def _images(*sizes: int) -> Callable[[nn.Module, torch.Generator, int], Inputs]:

@@ -12,7 +12,7 @@ script, with a comparison of its own on inputs and a batch size that nothing has
 shapes and dtypes, only finite numbers, fewer parameters (prune, alds) or bytes (int8), an output that depends on the
 input (unless integers round it away), the same first row alone as in the batch (where the network's own is), the traced
 graph as it was, and an error below a bound: fold to the last half of the digits (or ten times the network's own
-rounding), int8 less than the output itself, and its kernels about as near to the quantised graph as that is to the real
+rounding and 1%), int8 less than the output itself, and its kernels about as near to the quantised graph as that is to the real
 one. If any of these does not hold although ``compile`` said nothing, that is a *silent error* and counts as failed, as
 do crashes and time limits.
 
@@ -56,9 +56,10 @@ _SETS = [name for name in SETS if name not in ("tv-detection", "tv-flow")]
 _FOLD = ("fold-batch-norm",)
 _INT8 = ("quantize", "lower-int8")
 _SIZES = (64, 96, 128, 160)
-_BATCH = 3
+_BATCH, _STATISTICS = 3, 16
 _EXACT = 2.0**-11.5
 """Half of the digits of float32: more than rounding does, less than what a wrong fold does."""
+_CHAOS = 0.01
 _TWO_ROUNDINGS, _QUANTUM = 1.5, 0.02
 """Two graphs that each round by an error e on their own are sqrt(2) e apart; where e is next to nothing, a quantum."""
 _ROWS = {"fold": 1e-3, "prune": 1e-3, "alds": 1e-3, "int8": 0.2, "all": 0.2}
@@ -176,7 +177,9 @@ def _subject(model: Model, stage: Callable[[str], None]) -> tuple[Subject, dict[
     stage("the model itself")
     start = time.process_time()
     cheap, module = _economical(model)
-    run = cheap.run()
+    # Of few pixels, statistics of few images would be so far from those of others that rounding decides the output.
+    batch = 2 if cheap.draw is model.draw else _STATISTICS
+    run = cheap.run(batch=batch)
     inputs, another = run.inputs(seed=1, batch=_BATCH), run.inputs(seed=2)
     single = _first_row(inputs)
     try:
@@ -198,7 +201,7 @@ def _subject(model: Model, stage: Callable[[str], None]) -> tuple[Subject, dict[
     subject = Subject(run, graph, inputs, single, another, expected, of_single, rows, _seconds(graph, single))
     shape = [list(t.shape) for t in pytree.tree_leaves(run.inputs(seed=0)) if isinstance(t, torch.Tensor)]
     record = {"build_seconds": built - start, "trace_seconds": traced - built, "inputs": shape, "trace_error": error}
-    record |= {"other_batch": inputs is not single, "trace_rows": rows}
+    record |= {"other_batch": inputs is not single, "trace_rows": rows, "statistics_of": batch}
     return subject, record | {"nodes": len(graph.graph.nodes), "parameters": _count(graph)}
 
 
@@ -279,7 +282,7 @@ def _compared(subject: Subject, made: list[fx.GraphModule], name: str) -> tuple[
     found: dict[str, Any] = {"error": error, "relative_l2": _relative_l2(subject.expected, output)}
     if name == "fold" and not error <= _EXACT:  # a network, then, that amplifies rounding, or a wrong fold
         found["own_rounding"] = _own_rounding(subject)
-        if not error <= 10 * found["own_rounding"]:
+        if not error <= min(10 * found["own_rounding"], _CHAOS):  # above that nothing would be told by a comparison
             wrong.append(f"the output differs by {error:.1e}, and by {found['own_rounding']:.1e} from float64's own")
     if distance(output, forward(graph, subject.inputs)) != 0:
         wrong.append("another output when it is called again")
