@@ -143,7 +143,7 @@ def measure(model: Model, stage: Callable[[str], None], *, threads: int, rounds:
             "passes": [*passes, _ADAPTIVE if trained else "quantize"],
             "macs": totals.macs_after / totals.macs_before if totals.macs_before and totals.macs_after else None,
             "bytes": totals.bytes_after / totals.bytes_before,
-            "error": int8._off(bench.expected, found.outputs(found.reference))["output"],
+            "error": int8.off(bench.expected, found.outputs(found.reference))["output"],
             "agreement": _agreement(found.reference, held_out) if held_out else None,
         }
     calls: dict[str, Call] = {}
@@ -161,7 +161,7 @@ def measure(model: Model, stage: Callable[[str], None], *, threads: int, rounds:
     if held_out and "openvino" in calls:
         record["openvino"] = photos.compared(_Called(calls["openvino"]), held_out)
     stage("time")
-    record["latency"] = int8._in_turns(calls, bench.x, rounds)
+    record["latency"] = int8.in_turns(calls, bench.x, rounds)
     return record
 
 

@@ -120,7 +120,7 @@ def measure(
         try:
             with _within(limit):
                 calls[name] = VARIANTS[name](bench)
-                record["off"][name] = _off(expected, bench.outputs(calls[name]))
+                record["off"][name] = off(expected, bench.outputs(calls[name]))
         except Exception as error:
             calls.pop(name, None)
             record["failed"][name] = f"{type(error).__name__}: {error}"[:600]
@@ -129,7 +129,7 @@ def measure(
     if set(calls) & {"ours", "ours-compiled"}:
         record["bytes"] = {"float32": _bytes(bench.module), "ours": _bytes(bench.reference)}
     stage("time")
-    record["latency"] = _in_turns(calls, bench.x, rounds)
+    record["latency"] = in_turns(calls, bench.x, rounds)
     record["load"] = os.getloadavg()[0]
     return record
 
@@ -150,7 +150,7 @@ def _within(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _off(expected: Tensor, found: Tensor) -> dict[str, float]:
+def off(expected: Tensor, found: Tensor) -> dict[str, float]:
     """Norms of the error: relative to the output, and to what of it differs between samples."""
     error = float((found - expected).norm())
     centred = expected - expected.mean(0)
@@ -164,7 +164,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _in_turns(calls: Mapping[str, Call], x: Tensor, rounds: int) -> dict[str, Any]:
+def in_turns(calls: Mapping[str, Call], x: Tensor, rounds: int) -> dict[str, Any]:
     times: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     turns = list(calls.items())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -44,11 +44,14 @@ def markdown(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
 
 
 def publish(name: str, text: str, data: Any, *, write: bool = True) -> None:
-    """Print ``text``; with ``write``, put it into NAME.md, and ``data`` with the environment into NAME.json."""
+    """Print ``text``; with ``write``, put it into NAME.md, and ``data``, if any, with the environment into
+    NAME.json."""
     print(text)
     if not write:
         return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    if data is None:
+        return
     whole = json.dumps(plain({"environment": environment(), "results": data}), indent=1, allow_nan=False)
     (RESULTS / f"{name}.json").write_text(whole + "\n", encoding="utf-8")

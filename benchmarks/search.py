@@ -64,7 +64,7 @@ def measured(model: nn.Module, gm: nn.Module, held_out: photos.HeldOut, example:
         "latency": times["gm"].median / times["model"].median,
         "macs": (after.macs or 0) / (before.macs or 1),
         "params": after.parameters / before.parameters,
-        "bytes": (after.parameter_bytes + after.buffer_bytes) / (before.parameter_bytes + before.buffer_bytes),
+        "bytes": after.bytes / before.bytes,
         **photos.compared(gm, held_out),
     }
 

@@ -461,7 +461,7 @@ def main() -> None:
     found = read(arguments.out)
     records = [found[m.set, m.name, c] for m in models for c in columns if (m.set, m.name, c) in found]
     text = zoo_tables.summary(records, {s: sum(m.set == s for m in models) for s in _SETS}, columns)
-    publish.publish("zoo_summary", text, [], write=arguments.write)
+    publish.publish("zoo_summary", text, None, write=arguments.write)
     publish.publish("zoo", f"{text}\n\n{zoo_tables.details(records, columns)}", records, write=arguments.write)
 
 

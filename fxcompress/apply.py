@@ -15,7 +15,8 @@ from fxcompress.editing import clean_up
 from fxcompress.errors import FxCompressError, PassError, PreconditionError
 from fxcompress.pass_base import Example, Pass, PassContext, Refusal, Site
 from fxcompress.progress import Event, Progress
-from fxcompress.report import PassRecord, RefusalRecord, SiteRecord, target_of
+from fxcompress.report import PassRecord, RefusalRecord, SiteRecord
+from fxcompress.reporting.sketch import target_of
 
 __all__ = ["Applied", "apply_pass"]
 

@@ -101,11 +101,12 @@ def _compress(arguments: argparse.Namespace) -> None:
     )
     report = fxcompress.report(gm)
     print(report)
+    names = (*FILES, MODEL_FILE) if arguments.export else FILES
     with whole_directory(arguments.out, (*FILES, MODEL_FILE)) as folder:
         write(gm, folder)
         if arguments.export:
             torch.export.save(fxcompress.export(gm, inputs), folder / MODEL_FILE)
-    print(f"wrote {', '.join((*FILES, MODEL_FILE)[: 4 if arguments.export else 3])} to {arguments.out}")
+    print(f"wrote {', '.join(names)} to {arguments.out}")
 
 
 def _read_report(place: Path) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -23,10 +23,14 @@ __all__ = [
     "evaluate",
     "fresh",
     "map_tensors",
+    "on_larger_batch",
     "reproducible",
     "run",
     "with_larger_batch",
 ]
+
+
+T = TypeVar("T")
 
 
 def as_example(example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> Example | None:
@@ -123,3 +127,14 @@ def with_larger_batch(gm: fx.GraphModule, example: Example, seed: int) -> Exampl
     sizes = {(*place, 0): size + 1 for place, tensor in tensors.items() if tensor.shape[0] == size}
     args, kwargs = inputs.changed(sizes, _harmless(example, seed)).call()
     return Example(args, kwargs)
+
+
+def on_larger_batch(gm: fx.GraphModule, example: Example, look: Callable[[Example], T]) -> T | None:
+    """What ``look``, which runs ``gm``, says of inputs with a larger batch; ``None`` if there are none or it fails."""
+    larger = with_larger_batch(gm, example, seed=0)
+    if larger is None:
+        return None
+    try:
+        return look(larger)
+    except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
+        return None

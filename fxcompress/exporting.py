@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.analysis.outputs import tensor_leaves
 from fxcompress.checks import check_model
 from fxcompress.errors import FxCompressError, UsageError
-from fxcompress.examples import as_example, check_fits, evaluate, with_larger_batch
+from fxcompress.examples import as_example, check_fits, evaluate, on_larger_batch
 from fxcompress.pass_base import Example
 
 __all__ = ["OPSET", "export", "export_onnx"]
@@ -148,14 +148,12 @@ def _two_or_more(gm: fx.GraphModule, example: Example) -> Example | None:
     sizes = {tensor.shape[0] for _, tensor in tensor_leaves((example.args, dict(example.kwargs))) if tensor.dim()}
     if sizes and min(sizes) > 1:
         return example
-    larger = with_larger_batch(gm, example, seed=0)
-    if larger is None:
-        return None
-    try:
+
+    def run_on(larger: Example) -> Example:
         evaluate(gm, larger)
-    except Exception:  # a size that nobody asked for: the program is then for the one that was
-        return None
-    return larger
+        return larger
+
+    return on_larger_batch(gm, example, run_on)
 
 
 def _reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from fxcompress.analysis.latency import Latency, compare_latency, latency
+from fxcompress.analysis.latency import Latency, affordable_repeats, compare_latency
 from fxcompress.pass_base import Example, Pass
 from fxcompress.report import PassRecord
 
@@ -70,8 +70,7 @@ def judged(
 
 def _measured(graphs: Sequence[fx.GraphModule], example: Example) -> list[Latency]:
     """The latency of each graph, all in turns."""
-    once = latency(graphs[0], example.args, example.kwargs, warmup=1, repeats=1).median
-    repeats = min(_MOST, max(_FEWEST, int(_SECONDS / max(once, 1e-9))))
+    repeats = affordable_repeats(graphs[0], example.args, example.kwargs, seconds=_SECONDS, fewest=_FEWEST, most=_MOST)
     calls: Mapping[str, fx.GraphModule] = {str(i): gm for i, gm in enumerate(graphs)}
     found = compare_latency(calls, example.args, example.kwargs, warmup=min(3, repeats // 5), repeats=repeats)
     return [found[name] for name in calls]

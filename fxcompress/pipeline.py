@@ -25,11 +25,12 @@ from fxcompress.order import in_order
 from fxcompress.pass_base import Example, Guarantee, Need, Pass
 from fxcompress.progress import Event, Progress, reporting
 from fxcompress.report import PassRecord, RefusalRecord, Report, SiteRecord, Total, attach, detach, plain
+from fxcompress.reporting.figures import shortened
 from fxcompress.reporting.sketch import CURVE, curves_in, sketch
 from fxcompress.trace import trace
 from fxcompress.verify import Change, Verdict, verify
 
-__all__ = ["PassPlan", "Plan", "compile", "plan"]
+__all__ = ["PassPlan", "Plan", "compile", "plan", "private_graph"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def compile(
         if reject_slower and job.example is None:
             raise UsageError("reject_slower=True measures how long a call takes; pass `example_inputs`")
         tell(Event("trace"))
-        gm, earlier = _private_graph(job)
+        gm, earlier = private_graph(job.model, job.example)
         first = last = _measure(gm, job.example)
         graph_before = sketch(gm, first)
         records: list[PassRecord] = []
@@ -189,15 +190,15 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
-def _private_graph(job: _Job) -> tuple[fx.GraphModule, Report | None]:
-    """A graph of the model that shares nothing with it, and the report it had."""
-    if not isinstance(job.model, fx.GraphModule):
-        args = None if job.example is None else job.example.args
-        kwargs = None if job.example is None else dict(job.example.kwargs)
-        return trace(job.model, args, example_kwargs=kwargs), None
-    gm = private_copy(job.model)
-    if job.example is not None:
-        check_fits(gm, job.example)
+def private_graph(model: nn.Module, example: Example | None) -> tuple[fx.GraphModule, Report | None]:
+    """A graph of ``model`` that shares nothing with it, and the report it had."""
+    if not isinstance(model, fx.GraphModule):
+        args = None if example is None else example.args
+        kwargs = None if example is None else dict(example.kwargs)
+        return trace(model, args, example_kwargs=kwargs), None
+    gm = private_copy(model)
+    if example is not None:
+        check_fits(gm, example)
     return gm, detach(gm)
 
 
@@ -241,8 +242,8 @@ def _step(
         parameters_after=new_size.parameters,
         macs_before=size.macs,
         macs_after=new_size.macs,
-        bytes_before=_bytes(size),
-        bytes_after=_bytes(new_size),
+        bytes_before=size.bytes,
+        bytes_after=new_size.bytes,
         seconds=time.perf_counter() - start,
         details=tuple(site.to_dict() for site in applied.sites),
         warnings=verdict.warnings,
@@ -276,12 +277,8 @@ def _judge(
     return verify(Change(pass_, before, after, names, job.example, job.batches, history))
 
 
-def _bytes(size: Cost) -> int:
-    return size.parameter_bytes + size.buffer_bytes
-
-
 def _total(first: Cost, last: Cost, seconds: float, texts: tuple[str, ...]) -> Total:
-    sizes = (first.parameters, last.parameters, first.macs, last.macs, _bytes(first), _bytes(last))
+    sizes = (first.parameters, last.parameters, first.macs, last.macs, first.bytes, last.bytes)
     if last.uncounted:
         texts += (f"MACs leave out what these operators do: {', '.join(sorted(last.uncounted))}",)
     return Total(*sizes, seconds, texts)
@@ -306,11 +303,6 @@ class PassPlan:
     refusals: tuple[RefusalRecord, ...]
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What :func:`compile` would do, pass by pass. ``str(plan)`` is a table."""
@@ -320,7 +312,7 @@ class Plan:
     def __str__(self) -> str:
         rows: list[list[str]] = []
         for p in self.passes:
-            details = [", ".join(f"{k}={_short(v)}" for k, v in site.detail.items()) for site in p.sites]
+            details = [", ".join(f"{k}={shortened(str(v), 60)}" for k, v in site.detail.items()) for site in p.sites]
             rows += [[p.name, "rewrite", s.node, s.target, d] for s, d in zip(p.sites, details, strict=True)]
             rows += [[p.name, "leave", r.node, r.target, r.reason] for r in p.refusals]
             if not p.sites and not p.refusals:
@@ -342,7 +334,7 @@ def plan(
     verified. Arguments and errors are those of :func:`compile`.
     """
     job = _prepare(model, passes, example_inputs, example_kwargs, calibration, verify=False)
-    gm, _ = _private_graph(job)
+    gm, _ = private_graph(job.model, job.example)
     plans = []
     for pass_ in job.passes:
         applied = apply_pass(pass_, gm, job.example, job.batches, lambda event: None)

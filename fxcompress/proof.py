@@ -33,7 +33,17 @@ from fxcompress.examples import evaluate, fresh, with_larger_batch
 from fxcompress.pass_base import Example, Pass
 from fxcompress.report import PassRecord
 
-__all__ = ["EXACT_BOUND", "Change", "Verdict", "check_outputs", "failure", "prove", "reference_output"]
+__all__ = [
+    "EXACT_BOUND",
+    "Change",
+    "Trial",
+    "Verdict",
+    "check_outputs",
+    "failure",
+    "prove",
+    "reference_output",
+    "trial_on_larger_batch",
+]
 
 EXACT_BOUND = 1e-9
 _MARGIN = 100
@@ -122,28 +132,38 @@ def check_outputs(change: Change, after: fx.GraphModule, example: Example, refer
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trial:
+class Trial:
+    """Inputs under a name, and what the graph before the pass gives on them."""
+
     label: str
     example: Example
     reference: Any
 
 
-def _trials(change: Change) -> list[_Trial]:
+def _trials(change: Change) -> list[Trial]:
     """The example, fresh inputs, and another batch size; of the last two those that the original can run on."""
     label = "the example inputs"
-    trials = [_Trial(label, change.example, reference_output(change, change.example, label))]
-    others = [("fresh inputs", fresh(change.before, change.example, seed=1))]
+    trials = [Trial(label, change.example, reference_output(change, change.example, label))]
+    found = (
+        _trial(change, fresh(change.before, change.example, seed=1), "fresh inputs"),
+        trial_on_larger_batch(change),
+    )
+    return trials + [trial for trial in found if trial is not None]
+
+
+def _trial(change: Change, example: Example, label: str) -> Trial | None:
+    """``example`` with what the original gives on it; ``None`` if that fails or is not finite."""
+    try:
+        reference = evaluate(change.before, example)
+    except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
+        return None
+    return Trial(label, example, reference) if non_finite(reference) is None else None
+
+
+def trial_on_larger_batch(change: Change) -> Trial | None:
+    """Inputs with a batch larger than the example's, and what the original gives; ``None`` if it runs on none."""
     larger = with_larger_batch(change.before, change.example, seed=2)
-    if larger is not None:
-        others.append(("a larger batch", larger))
-    for label, example in others:
-        try:
-            reference = evaluate(change.before, example)
-        except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
-            continue
-        if non_finite(reference) is None:
-            trials.append(_Trial(label, example, reference))
-    return trials
+    return None if larger is None else _trial(change, larger, "a larger batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +198,7 @@ def prove(change: Change) -> Verdict:
     return Verdict(True, how, exact.error, error, notes)
 
 
-def _rerun(change: Change, trials: list[_Trial]) -> _InFloat64:
+def _rerun(change: Change, trials: list[Trial]) -> _InFloat64:
     with default_float64():
         before = double_graph(change.before)
         after = private_copy(before)
@@ -203,7 +223,7 @@ def _rerun(change: Change, trials: list[_Trial]) -> _InFloat64:
         return _compare_in_float64(twin.compared(), trials, references)
 
 
-def _compare_in_float64(twin: Change, trials: list[_Trial], references: list[Any]) -> _InFloat64:
+def _compare_in_float64(twin: Change, trials: list[Trial], references: list[Any]) -> _InFloat64:
     error, rounding, largest = 0.0, 0.0, EXACT_BOUND
     for trial, reference in zip(trials, references, strict=True):
         rounding = max(rounding, _rounding(trial.reference, reference))
@@ -251,7 +271,7 @@ def _rounding(reference: Any, in_float64: Any) -> float:
     return max((error for error in errors if math.isfinite(error)), default=0.0)
 
 
-def _check_in_dtype(change: Change, trials: list[_Trial], exact: _InFloat64) -> tuple[float, tuple[str, ...]]:
+def _check_in_dtype(change: Change, trials: list[Trial], exact: _InFloat64) -> tuple[float, tuple[str, ...]]:
     bound = max(math.sqrt(_coarsest_eps(change)), 10 * exact.rounding)
     error, notes = 0.0, []
     for trial in trials:

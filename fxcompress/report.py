@@ -24,6 +24,7 @@ from fxcompress.files import write_text
 from fxcompress.reporting import Curve, GraphSketch, page
 from fxcompress.reporting.figures import bytes_ as _bytes
 from fxcompress.reporting.figures import count as _count
+from fxcompress.reporting.sketch import target_of
 
 __all__ = [
     "CARRIER",
@@ -72,11 +73,6 @@ class RefusalRecord:
     def of(cls, node: fx.Node, reason: str) -> RefusalRecord:
         """The record of ``node``."""
         return cls(node.name, target_of(node), reason)
-
-
-def target_of(node: fx.Node) -> str:
-    """What ``node`` calls or reads, in words: a module path, a method's or a function's name."""
-    return node.target if isinstance(node.target, str) else torch.typename(node.target)
 
 
 @dataclasses.dataclass(frozen=True)

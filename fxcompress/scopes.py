@@ -46,11 +46,4 @@ def ends_in(gm: fx.GraphModule) -> dict[str, fx.Node]:
 
 def end_of(gm: fx.GraphModule, path: str) -> fx.Node | None:
     """The node that gives what the module at ``path`` gave when the model was recorded, if it is still there."""
-    scopes = getattr(gm, SCOPES, None)
-    if not isinstance(scopes, _Scopes) or path not in scopes.ends:
-        return None
-    found: fx.Node
-    for found in gm.graph.nodes:
-        if (found.name, str(found.target)) == scopes.ends[path]:
-            return found
-    return None
+    return ends_in(gm).get(path)

@@ -6,6 +6,8 @@ qualified name once the module that defines it has been imported, which looking 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 __all__ = ["qualified_name", "storable", "stored_names"]
@@ -30,6 +32,6 @@ def storable(value: T) -> T:
     return value
 
 
-def stored_names() -> dict[str, Any]:
+def stored_names() -> Mapping[str, Any]:
     """Everything that was marked so far, by qualified name."""
-    return dict(_STORABLE)
+    return MappingProxyType(_STORABLE)

@@ -10,9 +10,9 @@ from torch import fx
 
 from fxcompress.analysis.outputs import non_finite, tensor_leaves
 from fxcompress.calibration import check_batch
-from fxcompress.examples import evaluate, reproducible, run, with_larger_batch
+from fxcompress.examples import evaluate, reproducible, run
 from fxcompress.pass_base import Example, Guarantee
-from fxcompress.proof import Change, Verdict, check_outputs, failure, prove, reference_output
+from fxcompress.proof import Change, Verdict, check_outputs, failure, prove, reference_output, trial_on_larger_batch
 
 __all__ = ["Change", "Verdict", "verify"]
 
@@ -41,16 +41,10 @@ def _runs_on_larger_batch(change: Change) -> bool:
     Raises:
         VerificationError: it does not, or gives NaN, or other containers, shapes or dtypes.
     """
-    larger = with_larger_batch(change.before, change.example, seed=2)
-    if larger is None:
+    trial = trial_on_larger_batch(change)
+    if trial is None:
         return False
-    try:
-        reference = evaluate(change.before, larger)
-    except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
-        return False
-    if non_finite(reference) is not None:
-        return False
-    check_outputs(change, change.after, larger, reference, "a larger batch")
+    check_outputs(change, change.after, trial.example, trial.reference, trial.label)
     return True
 
 

@@ -42,6 +42,11 @@ class Cost:
     values_by_node: Mapping[fx.Node, Any] = dataclasses.field(default_factory=dict, repr=False)
     uncounted: frozenset[str] = frozenset()
 
+    @property
+    def bytes(self) -> int:
+        """Size of parameters and buffers."""
+        return self.parameter_bytes + self.buffer_bytes
+
 
 def cost(gm: fx.GraphModule, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None) -> Cost:
     """Count parameters and bytes of ``gm`` and, given inputs, the MACs of ``gm(*args, **kwargs)`` in one run.

@@ -111,6 +111,20 @@ def compare_latency(
     return {name: _summary(times) for name, times in seconds.items()}
 
 
+def affordable_repeats(
+    call: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    seconds: float,
+    fewest: int,
+    most: int,
+) -> int:
+    """How many calls take about ``seconds``, going by one; at least ``fewest`` and at most ``most``."""
+    once = latency(call, args, kwargs, warmup=1, repeats=1).median
+    return min(max(int(seconds / max(once, 1e-9)), fewest), most)
+
+
 def _check(candidates: Mapping[str, Any], warmup: int, repeats: int, min_seconds: float, threads: int | None) -> None:
     if not candidates:
         raise UsageError("there is nothing to time: candidates is empty")

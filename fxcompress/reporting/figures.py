@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_", "change", "count", "percent_change", "relative", "seconds"]
+__all__ = ["bytes_", "change", "count", "percent_change", "relative", "seconds", "shortened"]
 
 
 def count(number: float | None) -> str:
@@ -35,6 +35,11 @@ def relative(error: float | str | None) -> str:
 def change(before: str, after: str) -> str:
     """Before and after, or one of them if they are the same."""
     return before if before == after else f"{before} → {after}"
+
+
+def shortened(text: str, most: int) -> str:
+    """``text``, cut to ``most`` characters with an ellipsis at the end if it is longer."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def percent_change(before: float | None, after: float | None) -> str:

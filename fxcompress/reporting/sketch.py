@@ -15,9 +15,10 @@ from torch import fx, nn
 from fxcompress.analysis.cost import Cost
 from fxcompress.analysis.shapes import TensorSpec
 from fxcompress.analysis.storage import memory_blocks
+from fxcompress.reporting.figures import shortened
 from fxcompress.reporting.scoping import owner_of, scopes_of
 
-__all__ = ["CURVE", "Curve", "GraphSketch", "NodeSketch", "curves_in", "sketch"]
+__all__ = ["CURVE", "Curve", "GraphSketch", "NodeSketch", "curves_in", "sketch", "target_of"]
 
 CURVE = "curve"
 """The key of a site's detail with ``{"knob": str, "points": [[setting, error], ...]}``, a :class:`Curve`."""
@@ -120,10 +121,10 @@ def sketch(gm: fx.GraphModule, cost: Cost) -> GraphSketch:
             name=node.name,
             op=node.op,
             kind=_kind(gm, node),
-            target=node.target if isinstance(node.target, str) else torch.typename(node.target),
+            target=target_of(node),
             inputs=tuple(source.name for source in node.all_input_nodes),
-            settings=_cut(_settings(gm, node)),
-            value=_cut(values.get(node.name, "")),
+            settings=shortened(_settings(gm, node), _LONGEST),
+            value=shortened(values.get(node.name, ""), _LONGEST),
             scope=scopes[node],
             layer=layers[node] if parameters or size or macs.get(node.name) else "",
             parameters=parameters,
@@ -132,6 +133,11 @@ def sketch(gm: fx.GraphModule, cost: Cost) -> GraphSketch:
         )
         found.append(drawn)
     return GraphSketch(type(gm).__name__, tuple(found))
+
+
+def target_of(node: fx.Node) -> str:
+    """What ``node`` calls or reads, in words: a module path, a method's or a function's name."""
+    return node.target if isinstance(node.target, str) else torch.typename(node.target)
 
 
 class _Holdings:
@@ -222,7 +228,3 @@ def _in_words(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(_in_words, value))})"
     return value.__name__ if isinstance(value, type) else type(value).__name__
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

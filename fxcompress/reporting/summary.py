@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxcompress.reporting.figures import bytes_, change, count, percent_change, relative, seconds
+from fxcompress.reporting.figures import bytes_, change, count, percent_change, relative, seconds, shortened
 from fxcompress.reporting.markup import Markup, number, tag
 
 __all__ = ["bar", "passes", "scrolling", "tiles", "total_latency"]
@@ -129,17 +129,12 @@ def _pass_row(i: int, record: Mapping[str, Any], total: Mapping[str, Any], timed
 
 
 def _pass_details(record: Mapping[str, Any]) -> Markup:
-    options = [(tag("dt", key), tag("dd", _short(value))) for key, value in record["options"].items()]
+    options = [(tag("dt", key), tag("dd", shortened(str(value), 200))) for key, value in record["options"].items()]
     told = (
         tag("p", "✓ " if record["verified"] else "not verified: ", record["verification"]),
         tag("dl", options, class_="options") if options else tag("p", "no options"),
     )
     return tag("details", tag("summary", record["name"]), told)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _error(record: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxcompress import examples
 from fxcompress.analysis.cost import cost
-from fxcompress.analysis.latency import compare_latency, latency
+from fxcompress.analysis.latency import affordable_repeats, compare_latency
 from fxcompress.analysis.outputs import tensor_leaves
 from fxcompress.analysis.running import GraphRunner
 from fxcompress.errors import UsageError
@@ -32,7 +32,7 @@ def sizes_of(gm: fx.GraphModule, example: Example) -> dict[str, float]:
     return {
         "macs": float(found.macs or 0),
         "params": float(found.parameters),
-        "bytes": float(found.parameter_bytes + found.buffer_bytes),
+        "bytes": float(found.bytes),
     }
 
 
@@ -105,8 +105,7 @@ class Judge:
     def latency(self, gm: fx.GraphModule) -> float:
         """What one call takes, as a fraction of what the original's takes: medians of calls in turns."""
         args, kwargs = self._example.args, self._example.kwargs
-        once = latency(self._origin, args, kwargs, warmup=1, repeats=1).median
-        repeats = min(max(int(_SECONDS / (2 * once + 1e-9)), _FEWEST), _MOST)
+        repeats = affordable_repeats(self._origin, args, kwargs, seconds=_SECONDS / 2, fewest=_FEWEST, most=_MOST)
         found = compare_latency({"original": self._origin, "this": gm}, args, kwargs, warmup=3, repeats=repeats)
         return found["this"].median / found["original"].median
 

@@ -16,21 +16,20 @@ from torch import fx, nn
 
 from fxcompress.calibration import Batches, as_batches, checked
 from fxcompress.checks import check_model
-from fxcompress.editing import private_copy
 from fxcompress.errors import UsageError
 from fxcompress.examples import as_example
 from fxcompress.pass_base import Example, Pass
 from fxcompress.pipeline import compile as compile_
+from fxcompress.pipeline import private_graph
 from fxcompress.progress import Event, Progress, reporting
 from fxcompress.recovery.settings import described
 from fxcompress.registry import resolve_all
-from fxcompress.report import attach, detach, report
+from fxcompress.report import attach, report
 from fxcompress.searching.building import Workshop
 from fxcompress.searching.exploring import Clock, Exploration
 from fxcompress.searching.measuring import MEASURES, Judge
 from fxcompress.searching.result import SearchResult, undominated
 from fxcompress.searching.store import Store
-from fxcompress.trace import trace
 
 __all__ = ["DEFAULT_PASSES", "search"]
 
@@ -107,7 +106,7 @@ def search(
         if example is None:
             raise UsageError("a search runs the model; give `example_inputs`")
         chosen = resolve_all(list(passes))
-        origin = _recorded(check_model(model), example)
+        origin, _ = private_graph(check_model(model), example)
         data = _Data.of(origin, calibration, held_out)
         workshop = Workshop(origin, chosen, example, as_batches(data.fitted), as_batches(data.fitted_few))
         if not workshop.stages:
@@ -136,14 +135,6 @@ def _target(target: Any, max_drop: float, tries: int) -> tuple[str, float]:
     if tries < 1:
         raise UsageError(f"tries must be at least 1, got {tries!r}")
     return measure, float(part)
-
-
-def _recorded(model: nn.Module, example: Example) -> fx.GraphModule:
-    if isinstance(model, fx.GraphModule):
-        gm = private_copy(model)
-        detach(gm)
-        return gm
-    return trace(model, example.args, example_kwargs=dict(example.kwargs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fxcompress.errors import UsageError
+from fxcompress.files import write_text
 
 __all__ = ["Store"]
 
@@ -55,18 +55,10 @@ class Store:
         return found
 
     def _write(self) -> None:
-        """Whole or not at all."""
         if self._path is None:
             return
         text = json.dumps({"fxcompress-search": _FORMAT, "searches": self._all}, allow_nan=True)
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, self._path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_text(self._path, text)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

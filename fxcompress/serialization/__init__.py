@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxcompress.errors import SerializationError, UsageError
-from fxcompress.files import whole_directory, write_text
+from fxcompress.files import whole_directory
 from fxcompress.report import CARRIER, Report, report
 from fxcompress.report import attach as attach_report
 from fxcompress.serialization.files import read_json, read_limited
@@ -78,7 +78,7 @@ def write(gm: fx.GraphModule, folder: Path) -> None:
     (folder / GRAPH_FILE).write_bytes(data)
     write_safetensors(folder / WEIGHTS_FILE, stored, {_DIGEST: hashlib.sha256(data).hexdigest()})
     if hasattr(gm, CARRIER):
-        write_text(folder / REPORT_FILE, report(gm).to_json() + "\n")
+        (folder / REPORT_FILE).write_text(report(gm).to_json() + "\n", encoding="utf-8")
 
 
 def load(

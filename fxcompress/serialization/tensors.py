@@ -51,6 +51,7 @@ class TensorWriter:
         self._tensors: list[Tensor] = []
         self._names: list[str] = []
         self._numbers: dict[int, int] = {}
+        self._checksums: dict[str, int] = {}
 
     def number(self, tensor: Tensor, name: str) -> int:
         """The number of ``tensor``; the same for the same object.
@@ -128,7 +129,8 @@ class TensorWriter:
         if key not in stored:
             flat = torch.view_as_real(tensor) if tensor.dtype in _AS_OTHERS else tensor
             stored[key] = flat.cpu().contiguous()
-        entry["crc32"] = _checksum(stored[key])
+            self._checksums[key] = _checksum(stored[key])
+        entry["crc32"] = self._checksums[key]
         return entry
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fxcompress.errors import SerializationError
+from fxcompress.reporting.figures import shortened
 from fxcompress.serialization.vocabulary import Vocabulary, name_of
 from fxcompress.storable import qualified_name, stored_names
 
@@ -30,8 +31,7 @@ _TORCH_WORDS: dict[str, dict[str, Any]] = {
 
 def shown(value: Any) -> str:
     """``value``, which came from a file, in a message: short, and on one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(repr(value), 80)
 
 
 def damaged(where: str, what: str) -> SerializationError:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxcompress.recording.internals  # noqa: F401  registers the operators of quantised graphs
 from fxcompress.errors import SerializationError, UsageError
 from fxcompress.registry import registered_passes
 from fxcompress.storable import qualified_name, stored_names
@@ -125,9 +126,8 @@ def _names_of_functions() -> dict[int, str]:
 
 def own_name(value: Any) -> str | None:
     """The name of a function or class that needs no trust; ``None`` of any other."""
-    if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        name = f"torch.ops.{str(value).replace('::', '.')}"
-        return name if _operator(name) is value else None
+    if operator_name := _operator_name(value):
+        return operator_name if _operator(operator_name) is value else None
     if isinstance(value, type) and issubclass(value, nn.Module):
         name = qualified_name(value)
         return name if _known_class(name) is value else None
@@ -136,6 +136,12 @@ def own_name(value: Any) -> str | None:
     except AttributeError:
         name = ""
     return name if stored_names().get(name) is value else _names_of_functions().get(id(value))
+
+
+def _operator_name(value: Any) -> str | None:
+    """The qualified name of an operator of ``torch.ops``; ``None`` of anything else."""
+    is_operator = isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return f"torch.ops.{str(value).replace('::', '.')}" if is_operator else None
 
 
 def _known_class(name: str) -> type[nn.Module] | None:
@@ -155,8 +161,6 @@ def _operator(name: str) -> Any:
     match = _OPERATOR_NAME.fullmatch(name)
     if match is None or match[1] not in _NAMESPACES or match[2] in _READS_FILES or match[2].startswith("__"):
         return None
-    if match[1] == "quantized_decomposed":
-        registered_passes()  # the module that registers these operators is imported by the pass that uses them
     packet = getattr(getattr(torch.ops, match[1]), match[2], None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return None
@@ -177,8 +181,8 @@ def name_of(value: Any, where: str) -> tuple[str, bool]:
     name = own_name(value)
     if name is not None:
         return name, False
-    if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return f"torch.ops.{str(value).replace('::', '.')}", True
+    if operator_name := _operator_name(value):
+        return operator_name, True
     if not hasattr(value, "__qualname__") or "<" in qualified_name(value):
         raise SerializationError(
             f"{where}: {value!r} is defined inside a function, or is no function or class, so that no name leads to "
@@ -232,8 +236,8 @@ class Vocabulary:
 
 def _named(item: Any) -> tuple[str, Any]:
     if not isinstance(item, str):
-        if isinstance(item, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return f"torch.ops.{str(item).replace('::', '.')}", item
+        if operator_name := _operator_name(item):
+            return operator_name, item
         if not hasattr(item, "__qualname__"):
             raise UsageError(f"trusted= takes functions, classes and their names, not {item!r}")
         return qualified_name(item), item

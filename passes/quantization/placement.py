@@ -26,7 +26,7 @@ from fxcompress.analysis.memory import Memory
 from fxcompress.analysis.running import undisturbed
 from fxcompress.analysis.shapes import Shapes, TensorSpec, shapes
 from fxcompress.editing import is_inplace
-from fxcompress.examples import with_larger_batch
+from fxcompress.examples import on_larger_batch
 from fxcompress.modules import StochasticDepth
 from fxcompress.pass_base import PassContext
 from fxcompress.passes.quantization.vocabulary import REAL_DTYPES
@@ -167,11 +167,8 @@ def _of_larger_batch(context: PassContext) -> Shapes | None:
     """What ``context.shapes`` would be with a batch larger by one; ``None`` if the graph runs on none."""
     if context not in _LARGER:
         assert context.example is not None, "its shapes were asked for"
-        example = with_larger_batch(context.gm, context.example, seed=0)
-        try:
-            _LARGER[context] = None if example is None else shapes(context.gm, example.args, example.kwargs)
-        except Exception:  # invented inputs need not fit: a fixed batch size, indices out of range
-            _LARGER[context] = None
+        gm = context.gm
+        _LARGER[context] = on_larger_batch(gm, context.example, lambda larger: shapes(gm, larger.args, larger.kwargs))
     return _LARGER[context]
 
 
