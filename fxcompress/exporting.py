@@ -83,6 +83,7 @@ def export_onnx(
     if opset < OPSET:
         raise UsageError(f"opset is at least {OPSET}, the first with 16-bit and grouped integers; got {opset}")
     try:
+        from fxcompress.onnx_cleanup import clean_up
         from fxcompress.onnx_operators import translations
     except ImportError as error:
         raise UsageError(f"ONNX needs packages that are not here ({error}); pip install 'fxcompress[onnx]'") from error
@@ -101,6 +102,7 @@ def export_onnx(
     except Exception as error:  # of many kinds, none of them public
         raise FxCompressError(f"torch.onnx cannot write this graph: {_reason(error)}") from error
     assert converted is not None
+    clean_up(converted.model)
     try:
         converted.save(os.fspath(path))
     except OSError as error:

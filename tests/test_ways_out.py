@@ -16,8 +16,10 @@ import onnxruntime
 import pytest
 import torch
 from hypothesis import Phase, event, given, settings
+from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import fxcompress
@@ -182,6 +184,8 @@ def test_integers_are_integers_in_the_file(chain: str, tmp_path: Path) -> None:
     assert found["QuantizeLinear"] == len(quantised)
     assert found["DequantizeLinear"] == len(quantised) + len(ours)
     assert "Round" not in found
+    weights = [n for n in onnx.load(path).graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]
+    assert [len(n.input) for n in weights] == [2] * len(ours)  # zero points that are all zero are left out
 
 
 def test_the_file_is_as_small_as_the_integers(tmp_path: Path) -> None:
@@ -245,6 +249,123 @@ def test_what_was_only_moved_is_not_clipped_again(tmp_path: Path) -> None:
     gm = fxcompress.compile(network, ["quantize:symmetric=True"], images(2), calibration=[images(8)])
     found = operators(fxcompress.export_onnx(gm, tmp_path / "model.onnx", images(2)))
     assert 0 < found["Clip"] < found["QuantizeLinear"]
+
+
+class Padded(nn.Module):
+    """A tensor padded on two sides, on four, and by the convolution as well; ``pad`` is the first of these."""
+
+    def __init__(self, pad: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Sequential(pad, nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="zeros"), nn.ReLU6())
+        self.second = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3, groups=8), nn.LeakyReLU(0.125))
+        self.third = nn.Conv2d(8, 4, 3, padding=(1, 0))
+        self.last = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.third(self.second(self.first(x))))
+
+
+def padded(pad: nn.Module, passes: list[str]) -> fx.GraphModule:
+    torch.manual_seed(2)
+    network = Padded(pad).eval()
+    network(images(2))
+    gm = fxcompress.compile(network, passes, images(2), calibration=[images(8, 1)])
+    if passes:
+        _dyadic(gm)
+    return gm
+
+
+@pytest.mark.parametrize(
+    "passes", [[], ["quantize"], ["quantize:symmetric=True"], ["quantize:activation_bits=16"]], ids=str
+)
+@settings(max_examples=4, phases=[Phase.generate, Phase.shrink])
+@given(sides=st.tuples(*[st.integers(0, 3)] * 4), seed=st.integers(0, 99))
+def test_zeros_around_a_convolution_are_its_padding(
+    passes: list[str], tmp_path_factory: pytest.TempPathFactory, sides: tuple[int, ...], seed: int
+) -> None:
+    gm = padded(nn.ZeroPad2d(sides), passes)
+    path = fxcompress.export_onnx(gm, tmp_path_factory.mktemp("onnx") / "model.onnx", images(2))
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert operators(path)["Pad"] == 0
+    x = 3 * images(5, seed)
+    with torch.no_grad():
+        (found,) = in_onnxruntime(path, x, optimise=False)
+        assert difference(gm(x), found) <= ROUNDING
+
+
+@pytest.mark.parametrize("passes", [[], ["quantize"]], ids=str)
+@pytest.mark.parametrize(
+    "pad", [nn.ConstantPad2d(1, 0.5), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.ZeroPad2d(-1)], ids=repr
+)
+def test_other_padding_stays(pad: nn.Module, passes: list[str], tmp_path: Path) -> None:
+    gm, x = padded(pad, passes), images(3, 8)
+    path = fxcompress.export_onnx(gm, tmp_path / "model.onnx", images(2))
+    found = operators(path)
+    assert found["Pad"] + found["Slice"] == 1
+    with torch.no_grad():
+        assert difference(gm(x), in_onnxruntime(path, x, optimise=False)[0]) <= ROUNDING
+
+
+class Around(nn.Module):
+    """What is between padding and a convolution, or reads the padded tensor too, by name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        padded = functional.pad(x, (1, 1, 1, 1))
+        if self.kind == "above zero":
+            return self.conv(padded.clamp(0.25, 6.0))
+        if self.kind == "below zero":
+            return self.conv(padded.clamp(max=-0.25))
+        if self.kind == "another reader":
+            return self.conv(padded) + padded[:, :, 1:-1, 1:-1]
+        if self.kind == "an output":
+            return self.conv(padded), padded
+        if self.kind == "channels":
+            return self.conv(functional.pad(x[:, 1:], (1, 1, 1, 1, 1, 0)))
+        assert self.kind == "limits around zero"
+        return self.conv(padded.clamp(-1.0, 0.5))
+
+
+@pytest.mark.parametrize("passes", [[], ["quantize"]], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["above zero", "below zero", "another reader", "an output", "channels", "limits around zero"]
+)
+def test_padding_that_means_more_stays(kind: str, passes: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    gm = fxcompress.compile(Around(kind).eval(), passes, images(2), calibration=[images(8, 1)])
+    path = fxcompress.export_onnx(gm, tmp_path / "model.onnx", images(2))
+    assert operators(path)["Pad"] == (kind != "limits around zero")
+    x = images(5, 4)
+    with torch.no_grad():
+        expected, found = gm(x), in_onnxruntime(path, x, optimise=False)
+    for a, b in zip(expected if isinstance(expected, tuple) else (expected,), found, strict=True):
+        assert difference(a, b) <= (A_STEP if passes else ROUNDING)
+
+
+def test_integers_are_not_quantised_again(tmp_path: Path) -> None:
+    """What is on a grid stays the integers that it is; on another grid it is rounded again."""
+
+    class Again(nn.Module):
+        def __init__(self, other: float) -> None:
+            super().__init__()
+            self.scales = (0.125, other)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for scale in self.scales:
+                integers = torch.ops.quantized_decomposed.quantize_per_tensor(x, scale, 3, -128, 127, torch.int8)
+                x = torch.ops.quantized_decomposed.dequantize_per_tensor(integers, scale, 3, -128, 127, torch.int8)
+            return x + 1
+
+    x = 4 * images(64, 5)
+    for other, steps in ((0.125, 1), (0.25, 2)):
+        gm = fxcompress.trace(Again(other), images(2))
+        path = fxcompress.export_onnx(gm, tmp_path / f"{other}.onnx", images(2))
+        assert operators(path)["QuantizeLinear"] == steps
+        assert torch.equal(gm(x), in_onnxruntime(path, x, optimise=False)[0])  # optimising, it takes one grid of two
 
 
 def test_several_inputs_by_name_and_outputs_in_containers(tmp_path: Path) -> None:
