@@ -4,12 +4,14 @@
 them and of 96 crops of three other photos, which nothing has seen. Nothing is trained. Each single pass follows
 ``remove-identity`` and ``fold-batch-norm`` (pruning goes before that) and is told to reach the target by itself.
 
-Run ``python benchmarks/search.py [--target latency=0.5] [--minutes 60] [--measured FILE]``.
+Run ``python benchmarks/search.py [--target latency=0.5] [--minutes 60] [--measured FILE]``. Targets that are not named
+keep the rows that they have.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -135,6 +137,13 @@ def table(records: list[dict[str, Any]]) -> str:
     return publish.markdown(rows, [*headers, "of other photos", "seconds"])
 
 
+def _kept(targets: list[str]) -> list[dict[str, Any]]:
+    """The published records of other targets."""
+    path = publish.RESULTS / "search.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    return [r for r in old if r["target"].replace(" ", "=") not in targets]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", help="MEASURE=FRACTION, may be given more than once")
@@ -144,11 +153,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    records = []
-    for target in arguments.target or ["bytes=0.25", "latency=0.5", "macs=0.7"]:
+    targets = arguments.target or ["bytes=0.25", "latency=0.5", "macs=0.7"]
+    records = _kept(targets)
+    for target in targets:
         measure, _, part = target.partition("=")
         records += compare(measure, float(part), arguments.minutes, arguments.tries, arguments.measured)
-        publish.publish("search", table(records), records, write=not arguments.target)
+        records.sort(key=lambda r: r["target"])
+        publish.publish("search", table(records), records)
 
 
 if __name__ == "__main__":
