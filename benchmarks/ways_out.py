@@ -34,8 +34,9 @@ GRAPHS: dict[str, list[str]] = {
     "the same, channels by 16": ["remove-identity", f"{PRUNE},reconstruct=True,round_to=16", *FOLD[1:]],
     "ALDS, 30% fewer parameters": [*FOLD, "alds:ratio=0.3,error=activation"],
     "int8": [*FOLD, "quantize"],
+    "int8, both addends": [*FOLD, "quantize:round_addends=True"],
     "int8, weights alone": [*FOLD, "quantize:activation_bits=None"],
-    "ALDS and int8": [*FOLD, "alds:ratio=0.3,error=activation", "quantize"],
+    "ALDS and int8, both addends": [*FOLD, "alds:ratio=0.3,error=activation", "quantize:round_addends=True"],
 }
 LOWERED = "on oneDNN's kernels"
 Call = Callable[[Tensor], Any]

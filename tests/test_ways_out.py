@@ -61,6 +61,7 @@ EXACT_CHAINS = {
 }
 INTEGER_CHAINS = {
     "int8": [*FOLDED, "quantize"],
+    "int8-addends": [*FOLDED, "quantize:round_addends=True"],
     "int8-symmetric": [*FOLDED, "quantize:symmetric=True"],
     "int16": [*FOLDED, "quantize:activation_bits=16"],
     "dynamic": [*FOLDED, "quantize:dynamic=True"],
@@ -169,7 +170,7 @@ def test_onnx_runtime_gives_the_same(chain: str, tmp_path: Path) -> None:
             assert difference(gm(images(size)), found) <= tolerance(chain)
 
 
-@pytest.mark.parametrize("chain", ["int8", "int8-symmetric", "everything"])
+@pytest.mark.parametrize("chain", ["int8", "int8-addends", "int8-symmetric", "everything"])
 def test_integers_are_integers_in_the_file(chain: str, tmp_path: Path) -> None:
     gm = compressed(chain)
     path = fxcompress.export_onnx(gm, tmp_path / "model.onnx", images(1))
@@ -424,7 +425,7 @@ def test_drawn_networks_leave(passes: list[str], tmp_path_factory: pytest.TempPa
 
 # ------------------------------------------------------------------------------------------------- what cannot
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize("chain", ["int8", "dynamic", "weights"])
+@pytest.mark.parametrize("chain", ["int8", "int8-addends", "dynamic", "weights"])
 def test_lowered_graphs_leave_as_what_they_stand_for(chain: str, tmp_path: Path) -> None:
     """Packed weights stay behind: what leaves is the graph that was lowered, to the bit."""
     gm, x = compressed(chain), images(4, 7)
@@ -480,7 +481,7 @@ def test_wrong_calls_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 # ------------------------------------------------------------------------------------------------- other runtimes
-@pytest.mark.parametrize("chain", ["folded", "pruned", "factorised", "int8", "everything"])
+@pytest.mark.parametrize("chain", ["folded", "pruned", "factorised", "int8", "int8-addends", "everything"])
 def test_openvino_gives_the_same(chain: str, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     gm = compressed(chain)

@@ -40,6 +40,8 @@ class RoundingPass(Pass):
         observer: how ranges of activations follow from calibration data: ``"min-max"``, ``"moving-average"``,
             ``"percentile"``, ``"mse"`` or ``"entropy"``; see ``observers.py``.
         keep_ends: leave the first and the last layer as they are.
+        round_addends: where a layer's result is added to something, round both before the addition and not only the
+            other one: for runtimes that add integers alone (OpenVINO, ONNX Runtime).
         overrides: for layers by glob pattern of their paths other ``weight_bits``, ``activation_bits`` or
             ``granularity``; of several patterns that match, later ones win.
         exclude: glob patterns of paths of layers, or of modules that contain them, that stay as they are.
@@ -55,6 +57,7 @@ class RoundingPass(Pass):
     symmetric: bool = False
     observer: str = "mse"
     keep_ends: bool = False
+    round_addends: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -196,7 +199,8 @@ class Found:
         if pass_.activation_bits is None and not calls:
             return cls(layers, embeddings, settings, Placement(()), refusals)
         chains = calls.__contains__ if pass_.is_static else (lambda node: False)
-        return cls(layers, embeddings, settings, place(context, calls.__contains__, chains), refusals)
+        placement = place(context, calls.__contains__, chains, round_addends=pass_.round_addends)
+        return cls(layers, embeddings, settings, placement, refusals)
 
 
 _QUANTISED = "has integer weights already"

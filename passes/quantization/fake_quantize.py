@@ -34,8 +34,8 @@ class FakeQuantize(RoundingPass):
     data, makes integers of the trained graph: the same that it computed with.
 
     Args:
-        weight_bits, activation_bits, granularity, symmetric, observer, keep_ends, overrides, exclude, only: see
-            :class:`RoundingPass`.
+        weight_bits, activation_bits, granularity, symmetric, observer: see :class:`RoundingPass`.
+        keep_ends, round_addends, overrides, exclude, only: see :class:`RoundingPass`.
         learned: train scales along with weights (learned step sizes, Esser et al. 2020, arXiv 1902.08153), but for
             those that no gradient reaches and those of frozen weights; zero points stay. Otherwise scales of values
             stay as the calibration data had them, and those of weights stay in the proportion to the largest weight

@@ -310,13 +310,20 @@ def sources_of(node: fx.Node) -> list[fx.Node]:
     return [] if source is None else [source]
 
 
-def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Callable[[fx.Node], bool]) -> Placement:
+def place(
+    context: PassContext,
+    layers: Callable[[fx.Node], bool],
+    chains: Callable[[fx.Node], bool],
+    *,
+    round_addends: bool = False,
+) -> Placement:
     """Decide; see the module.
 
     Args:
         context: of the graph.
         layers: whether a node calls a layer that wants its input as integers.
         chains: whether a node calls a layer whose result may be made as integers.
+        round_addends: a layer's sum becomes integers before something is added to it, too.
     """
     nodes = list(context.gm.graph.nodes)
     memory = Memory(context.gm, lambda n: _is_tensor(context, n))
@@ -343,6 +350,9 @@ def place(context: PassContext, layers: Callable[[fx.Node], bool], chains: Calla
             chain = ends[node]
             if chain.other is not None and chain.addition is not None and may_read(chain.other, chain.addition):
                 wish(chain.other, chain.addition)
+                own = chain.nodes[chain.nodes.index(chain.addition) - 1]
+                if round_addends and may_read(own, chain.addition):
+                    wish(own, chain.addition)
         elif is_carrier(context, node):
             sources = sources_of(node)
             reader = part_of(node) or node

@@ -42,8 +42,8 @@ class Quantize(RoundingPass):
     of embeddings become integers of 8 bits, a scale for each row, unless ``overrides`` say otherwise.
 
     Args:
-        weight_bits, activation_bits, granularity, symmetric, observer, keep_ends, overrides, exclude, only: see
-            :class:`RoundingPass`.
+        weight_bits, activation_bits, granularity, symmetric, observer: see :class:`RoundingPass`.
+        keep_ends, round_addends, overrides, exclude, only: see :class:`RoundingPass`.
         dynamic: choose the scales of activations anew in each run, from the values at hand, instead of from
             calibration data.
         rounding: of weights: to the ``"nearest"`` integers, or ``"adaptive"``, so that outputs change least on the

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress.errors import PreconditionError, UsageError
-from fxcompress.passes.quantization import LowerInt8, Quantize
+from fxcompress.matching import is_call
+from fxcompress.passes.quantization import FakeQuantize, LowerInt8, Quantize
 from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp, to_uint8, unavailable
 from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, unfit
@@ -150,6 +151,7 @@ def test_what_is_stored_is_small() -> None:
         {"dynamic": True}, {"activation_bits": None}, {"activation_bits": 16}, {"granularity": 4}, {"symmetric": True},
         {"activation_bits": None, "overrides": {"first": {"activation_bits": 8}}},
         {"weight_bits": 4, "rounding": "adaptive"}, {"overrides": {"stem": {"weight_bits": 3}}}, {"keep_ends": True},
+        {"round_addends": True},
     ],
 )  # fmt: skip
 def test_options(options: dict[str, Any]) -> None:
@@ -158,6 +160,21 @@ def test_options(options: dict[str, Any]) -> None:
     x = data(1, seed=5)[0][:1]
     assert float((found(x) - model(x)).norm().detach() / model(x).norm().detach()) < 0.4
     assert (found.get_submodule("stem").weight.dtype is torch.int8) is not options.get("keep_ends", False)
+
+
+def _is_dequantize(value: Any) -> bool:
+    return isinstance(value, fx.Node) and "dequantize_per_tensor" in str(value.target)
+
+
+@pytest.mark.parametrize("pass_", [Quantize, FakeQuantize])
+def test_both_addends_can_be_rounded(pass_: type[Quantize | FakeQuantize]) -> None:
+    """By default a sum has one rounded addend, as the layer adds in more digits; with ``round_addends`` two. A sum that
+    is not wanted as integers has none."""
+    for both in (False, True):
+        passes = [pass_(round_addends=both)] if pass_ is Quantize else [pass_(round_addends=both), Quantize()]
+        gm = compiled(Residual(late=True), passes)
+        sums = [n for n in gm.graph.nodes if is_call(n, ("add",))]
+        assert [sum(map(_is_dequantize, n.args)) for n in sums] == [1 + both, 0]
 
 
 @given(seed=st.integers(0, 100))

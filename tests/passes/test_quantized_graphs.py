@@ -24,13 +24,13 @@ needs_kernels = pytest.mark.skipif(unavailable() is not None, reason=str(unavail
 STATIC = st.fixed_dictionaries(
     {
         "weight_bits": st.sampled_from((8, 4)), "symmetric": st.booleans(), "activation_bits": st.sampled_from((8, 16)),
-        "granularity": st.sampled_from(("channel", "tensor", 2)),
+        "granularity": st.sampled_from(("channel", "tensor", 2)), "round_addends": st.booleans(),
     }
 )  # fmt: skip
 WITH_KERNELS = st.builds(
     lambda weight_bits, others: {"weight_bits": weight_bits, **others},
     st.sampled_from((8, 4)),
-    st.sampled_from(({}, {"symmetric": True}, {"dynamic": True}, {"activation_bits": None})),
+    st.sampled_from(({}, {"symmetric": True}, {"round_addends": True}, {"dynamic": True}, {"activation_bits": None})),
 )
 ON_LAYERS = networks(kinds=("2d", "vector", "sequence"))
 
