@@ -5,7 +5,8 @@ against the original's classes on held-out crops. ResNet-50, MobileNetV2 and ViT
 weights, which say nothing about accuracy; they show what stacks cost in time, one of which would want training.
 
 Ours run as lowered graphs, as reference graphs under ``torch.compile`` with frozen weights, and in OpenVINO by way of
-ONNX, with both addends of each sum rounded, as OpenVINO adds integers alone (``round_addends``). The peers are those of ``int8_peers.py``, from the uncompressed network. All calls take turns.
+ONNX, with both addends of each sum rounded, as OpenVINO adds integers alone (``round_addends``). The peers are those of
+``int8_peers.py``, from the uncompressed network. All calls take turns.
 
 Run ``python benchmarks/headline.py [--models efficientnet_lite0,resnet50] [--rounds 30] [--dry-run]``.
 """
