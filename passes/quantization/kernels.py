@@ -4,11 +4,16 @@ A module holds its weight as the reference graph does (``weight`` in int8, ``wei
 ``state_dict`` fits the other. The form that the kernel wants is made at the first call and again whenever the weight
 has changed; it is in no ``state_dict``, copy or pickle. While ``torch.compile`` looks at it a module is what it stands
 for, written in quantize and dequantize operators, which Inductor has kernels of its own for.
+
+oneDNN has wrong kernels for some sizes on some processors (``docs/architecture.md``), so each is tried on random
+integers before it is used; where it is wrong the layer is computed as in the reference graph.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -20,10 +25,24 @@ from fxcompress.passes.quantization.grid import Grid
 from fxcompress.passes.quantization.vocabulary import PerTensor, dequantize, dequantize_channels, quantize
 from fxcompress.storable import storable
 
-__all__ = ["Int8Conv", "Int8Layer", "Int8Linear", "IntegerLayer", "PostOp", "max_pool2d", "to_uint8", "unavailable"]
+__all__ = [
+    "WRONG_KERNEL",
+    "Int8Conv",
+    "Int8Layer",
+    "Int8Linear",
+    "IntegerLayer",
+    "PostOp",
+    "is_right",
+    "max_pool2d",
+    "to_uint8",
+    "unavailable",
+]
 
 _ONEDNN: Any = torch.ops.onednn
 _WEIGHTS = Grid.of_weights(8)
+_ROUNDING = 2e-5
+"""What float32 may make of a sum, relative to the sizes of its terms added up."""
+_FEW_TAPS = 5
 
 
 def unavailable() -> str | None:
@@ -128,13 +147,35 @@ class Int8Layer(IntegerLayer):
     ) -> None:
         super().__init__(holder)
         self.given, self.made, self.post, self.adds, self.other = given, made, post, adds, other
+        self._tried: dict[tuple[int, ...], bool] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_tried": {}}
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The layer, the addition of ``other`` and what follows. A convolution that adds integers to integers writes
         its result to the memory of ``other``."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._has_kernel(x, other):
             return self.reference(x, other)
-        return self._kernel(x, other, self.given)
+        return self.kernel(x, other, self.given)
+
+    def _has_kernel(self, x: Tensor, other: Tensor | None) -> bool:
+        """Whether the kernel for such inputs is right, which is tried once."""
+        key = tuple(x.shape) if self.has_doubtful_kernels else ()
+        found = self._tried.get(key)
+        if found is None:
+            if type(x) is not Tensor or not x.numel():
+                return True  # nothing that could be tried
+            found = self._tried[key] = is_right(self, x, other)
+            if not found:
+                text = f"{self} is computed in real numbers for inputs of shape {tuple(x.shape)}: {WRONG_KERNEL}"
+                warnings.warn(text, stacklevel=2)
+        return found
+
+    @property
+    def has_doubtful_kernels(self) -> bool:
+        """Whether some kernels for such layers are wrong, by the shape of the input."""
+        return False
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What :meth:`forward` stands for, in real numbers."""
@@ -155,7 +196,8 @@ class Int8Layer(IntegerLayer):
     def _added(self) -> tuple[float, int]:
         return (1.0, 0) if self.other is None else (self.other.scale, self.other.zero_point)
 
-    def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
+    def kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
+        """What oneDNN computes in place of :meth:`reference`, from an input on the scale ``given``."""
         raise NotImplementedError(f"{type(self).__name__} must call a kernel")
 
     def _on_reals(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -181,14 +223,30 @@ class Int8Conv(Int8Layer):
         super().__init__(*args, **options)
         self._sizes = (stride, padding, dilation, groups)
 
+    @property
+    def _sizes_of_kernel(self) -> tuple[list[int], list[int], list[int], int]:
+        """Without the padding of a dilated convolution: oneDNN's kernels write beyond their memory there."""
+        stride, padding, dilation, groups = self._sizes
+        return stride, padding if max(dilation) == 1 else [0, 0], dilation, groups
+
+    @property
+    def has_doubtful_kernels(self) -> bool:
+        """See :class:`Int8Layer`: groups of several channels, and large windows."""
+        outputs, inputs, *window = self.weight.shape
+        groups = self._sizes[-1]
+        return (groups > 1 and (outputs, inputs) != (groups, 1)) or max(window) > _FEW_TAPS
+
     def _pack(self, x: Tensor) -> Tensor:
         scales = self.weight_scale, self.given.scale, self.given.zero_point
-        packed: Tensor = _ONEDNN.qconv_prepack(self._dense(), *scales, *self._sizes, list(x.shape))
+        packed: Tensor = _ONEDNN.qconv_prepack(self._dense(), *scales, *self._sizes_of_kernel, list(x.shape))
         return packed
 
-    def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
+    def kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
         after = self.post.name, list(self.post.numbers), self.post.variant
-        inputs, output = self._inputs(x, given), (*self._sizes, *self._output)
+        sizes, (height, width) = self._sizes_of_kernel, self._sizes[1]
+        if sizes[1] != [height, width]:
+            x = F.pad(x, (width, width, height, height), value=given.zero_point)
+        inputs, output = self._inputs(x, given), (*sizes, *self._output)
         result: Tensor
         if other is None:
             result = _ONEDNN.qconv2d_pointwise.default(*inputs, self.bias, *output, *after)
@@ -210,7 +268,7 @@ class Int8Linear(Int8Layer):
         packed: Tensor = _ONEDNN.qlinear_prepack(self._dense(), [x.numel() // x.shape[-1], x.shape[-1]])
         return packed
 
-    def _kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
+    def kernel(self, x: Tensor, other: Tensor | None, given: PerTensor) -> Tensor:
         after = self.post.name, list(self.post.numbers), self.post.variant
         inputs, output = self._inputs(x, given), self._output
         result: Tensor
@@ -224,6 +282,36 @@ class Int8Linear(Int8Layer):
 
     def _on_reals(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------- wrong kernels
+WRONG_KERNEL = "oneDNN's int8 kernel for it is wrong, or may be, on this processor"
+
+
+def is_right(layer: Int8Layer, x: Tensor, other: Tensor | None) -> bool:
+    """Whether the kernel gives what ``layer`` stands for, to a quantum or float32's rounding, on random numbers.
+
+    Args:
+        layer: the layer.
+        x: integers; only shape and strides matter.
+        other: what is added, likewise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tried, added = torch.empty_like(x).random_(generator=generator), None
+    step = 0.0 if layer.made is None else layer.made.scale
+    with torch.no_grad():
+        terms = layer.reals().abs().flatten(1).sum(1) * (255 * layer.given.scale)
+        if layer.bias is not None:
+            terms = terms + layer.bias.abs()
+        largest = float(terms.max())
+        if other is not None:
+            like, real = torch.empty_like(other), other.is_floating_point()
+            added = like.normal_(0, largest, generator=generator) if real else like.random_(generator=generator)
+            largest += float(added.abs().max()) if layer.other is None else 255 * layer.other.scale
+        expected = layer.reference(tried, added)
+        found = layer.kernel(tried, None if added is None else added.clone(), layer.given)
+    missing = float((found.float() - expected.float()).abs().max()) * (step or 1.0)
+    return math.isfinite(missing) and missing <= 1.01 * step + _ROUNDING * largest
 
 
 # ------------------------------------------------------------------------------------------------- between layers

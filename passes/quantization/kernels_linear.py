@@ -51,7 +51,7 @@ class DynamicInt8Linear(Int8Linear):
         scale = max((greatest - least) / (grid.high - grid.low), grid.least_scale)
         zero_point = min(max(grid.low - round(least / scale), grid.low), grid.high)
         integers = to_uint8(x, scale, zero_point, grid.low, grid.high)
-        return self._kernel(integers, None, PerTensor(scale, zero_point, grid))
+        return self.kernel(integers, None, PerTensor(scale, zero_point, grid))
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What :meth:`forward` stands for."""

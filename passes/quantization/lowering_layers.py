@@ -11,7 +11,16 @@ from torch import fx
 
 from fxcompress import editing, matching
 from fxcompress.pass_base import PassContext, Refusal
-from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, IntegerLayer, PostOp
+from fxcompress.passes.quantization.kernels import (
+    WRONG_KERNEL,
+    Int8Conv,
+    Int8Layer,
+    Int8Linear,
+    IntegerLayer,
+    PostOp,
+    is_right,
+    unavailable,
+)
 from fxcompress.passes.quantization.lowering_between import is_view, unsigned
 from fxcompress.passes.quantization.placement import Chain, chains_of
 from fxcompress.passes.quantization.vocabulary import (
@@ -73,7 +82,7 @@ class LayerLowering:
     def operate(self) -> None:
         """Put the kernel in place of all that it does."""
         graph = self.gm.graph
-        path = put_kernel(self.gm, self.layer, self._module())
+        path = put_kernel(self.gm, self.layer, self.module())
         with graph.inserting_before(self.last):
             arguments: list[Any] = [self.reads.args[0]]
             if self.addition is not None:
@@ -87,7 +96,8 @@ class LayerLowering:
             if node is not self.last:
                 editing.erase(node)
 
-    def _module(self) -> Int8Layer:
+    def module(self) -> Int8Layer:
+        """What calls the kernel."""
         made = None if self.rounds is None else unsigned(per_tensor(self.rounds))
         other = unsigned(per_tensor(self.other)) if self.adds_integers and self.other is not None else None
         holder, given = self.gm.get_submodule(path_of(self.layer)), unsigned(per_tensor(self.reads))
@@ -126,7 +136,7 @@ class FoundLayers:
                 self.on_reals.append(node)
             else:
                 layers.append(node)
-        drafts = [self._draft(chain) for chain in chains_of(context, layers).values()]
+        drafts = list(filter(self._has_kernel, map(self._draft, chains_of(context, layers).values())))
         self.absorbed = {d.rounds for d in drafts if d.rounds is not None}
         self._runs_at: dict[fx.Node, int] = {}
         for draft in drafts:
@@ -170,6 +180,20 @@ class FoundLayers:
         return LayerLowering(
             self._context.gm, layer, reads, nodes[-1], inner, rounds, post, chain.addition, other, adds_integers
         )
+
+    def _has_kernel(self, draft: LayerLowering) -> bool:
+        """Whether the kernel is right for what the example has; otherwise the layer is refused."""
+        if unavailable():
+            return True  # which is said of all of them
+        shapes = self._context.shapes
+        x, other = torch.empty(shapes.shape(draft.reads), dtype=torch.uint8), None
+        if draft.other is not None:
+            dtype = torch.uint8 if draft.adds_integers else torch.float32
+            other = torch.empty(shapes.shape(draft.other), dtype=dtype)
+        if not x.numel() or is_right(draft.module(), x, other):
+            return True
+        self.refusals.append(Refusal(draft.layer, WRONG_KERNEL))
+        return False
 
     def _rounded_by(self, end: fx.Node) -> fx.Node | None:
         readers = list(end.users)

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from fxcompress.errors import PreconditionError, UsageError
 from fxcompress.matching import is_call
 from fxcompress.passes.quantization import FakeQuantize, LowerInt8, Quantize
 from fxcompress.passes.quantization.grid import Grid
-from fxcompress.passes.quantization.kernels import Int8Conv, Int8Layer, Int8Linear, PostOp, to_uint8, unavailable
+from fxcompress.passes.quantization.kernels import (
+    WRONG_KERNEL,
+    Int8Conv,
+    Int8Layer,
+    Int8Linear,
+    PostOp,
+    to_uint8,
+    unavailable,
+)
 from fxcompress.passes.quantization.kernels_linear import DynamicInt8Linear, WeightOnlyLinear, unfit
 from fxcompress.passes.quantization.observers import OBSERVERS, RangeObserver
 from fxcompress.passes.quantization.rounding import adaptive
@@ -425,6 +434,71 @@ def test_a_kernel_is_its_reference_within_a_quantum(case: tuple[Int8Layer, Tenso
             assert int((found.int() - expected.int()).abs().max()) <= 1
         else:
             assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@needs_kernels
+@given(
+    seed=st.integers(0, 1000), groups=st.sampled_from((1, 2, 3)), inputs=st.sampled_from((1, 3, 16)),
+    outputs=st.sampled_from((8, 33, 64, 107)), window=st.sampled_from((1, 3, 8, 11)),
+    stride=st.sampled_from((1, 2, 8)), padding=st.integers(0, 2), dilation=st.sampled_from((1, 1, 2)),
+    size=st.sampled_from((22, 33)),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_no_kernel_of_a_convolution_is_used_that_is_wrong(
+    seed: int, groups: int, inputs: int, outputs: int, window: int, stride: int, padding: int, dilation: int, size: int
+) -> None:
+    """oneDNN has wrong ones for these sizes, which ones depends on the processor."""
+    generator = torch.Generator().manual_seed(seed)
+    holder, channels = nn.Module(), groups * outputs
+    shape = (channels, inputs, window, window)
+    holder.weight = nn.Parameter(torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8), False)
+    holder.register_buffer("weight_scale", torch.rand(channels, generator=generator) * 0.01 + 0.001)
+    holder.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int64))
+    given_ = PerTensor(0.02, 120, Grid.of_activations(8, symmetric=False))
+    sizes = {"stride": [stride] * 2, "padding": [padding] * 2, "dilation": [dilation] * 2, "groups": groups}
+    layer = Int8Conv(holder, given_, None, PostOp(), **sizes)
+    x = torch.randint(0, 256, (2, groups * inputs, size, size), generator=generator, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is computed in real numbers")
+        found, expected = layer(x), layer.reference(x)
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def _wrong(right: Any) -> Any:
+    """A kernel whose first channel is off by one in real numbers."""
+
+    def kernel(*args: Any) -> Tensor:
+        result: Tensor = right(*args).clone()
+        result[:, 0] += 1
+        return result
+
+    return kernel
+
+
+@needs_kernels
+def test_a_wrong_kernel_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2)).eval()
+    reference = compiled(model, [Quantize()])
+    lowered = compiled(reference, [LowerInt8()])
+    grouped = lowered.get_submodule("2")
+    assert isinstance(grouped, Int8Conv)
+    assert grouped.has_doubtful_kernels
+    assert not lowered.get_submodule("0").has_doubtful_kernels
+    with monkeypatch.context() as patch:
+        patch.setattr(Int8Conv, "kernel", _wrong(Int8Conv.kernel))
+        record = fxcompress.report(refused := compiled(reference, [LowerInt8()])).passes[-1]
+        assert [r.reason for r in record.refusals].count(WRONG_KERNEL) == 2
+        x = data(1, seed=3)[0]
+        assert torch.equal(refused(x), reference(x))
+        loaded = copy.deepcopy(grouped)  # as if lowered on another machine
+        integers = torch.randint(0, 256, (2, 4, 9, 9), dtype=torch.uint8)
+        with pytest.warns(UserWarning, match=r"Int8Conv.*in real numbers for inputs of shape \(2, 4, 9, 9\)"):
+            assert torch.equal(loaded(integers), loaded.reference(integers))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded(integers)  # which is told once
+        with pytest.warns(UserWarning, match=r"\(1, 4, 9, 9\)"):
+            loaded(integers[:1])
 
 
 @needs_kernels
