@@ -134,6 +134,9 @@ class Int8Layer(IntegerLayer):
         post: what follows.
         adds: whether another tensor is added before that.
         other: the scale of that; ``None`` if it is real.
+
+    Attributes:
+        has_doubtful_kernels: whether some kernels for such layers are wrong, by the shape of the input.
     """
 
     def __init__(
@@ -147,6 +150,7 @@ class Int8Layer(IntegerLayer):
     ) -> None:
         super().__init__(holder)
         self.given, self.made, self.post, self.adds, self.other = given, made, post, adds, other
+        self.has_doubtful_kernels = False
         self._tried: dict[tuple[int, ...], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,11 +175,6 @@ class Int8Layer(IntegerLayer):
                 text = f"{self} is computed in real numbers for inputs of shape {tuple(x.shape)}: {WRONG_KERNEL}"
                 warnings.warn(text, stacklevel=2)
         return found
-
-    @property
-    def has_doubtful_kernels(self) -> bool:
-        """Whether some kernels for such layers are wrong, by the shape of the input."""
-        return False
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What :meth:`forward` stands for, in real numbers."""
@@ -222,19 +221,15 @@ class Int8Conv(Int8Layer):
     ) -> None:
         super().__init__(*args, **options)
         self._sizes = (stride, padding, dilation, groups)
+        outputs, inputs, *window = self.weight.shape
+        grouped = groups > 1 and (outputs, inputs) != (groups, 1)
+        self.has_doubtful_kernels = grouped or max(window) > _FEW_TAPS
 
     @property
     def _sizes_of_kernel(self) -> tuple[list[int], list[int], list[int], int]:
         """Without the padding of a dilated convolution: oneDNN's kernels write beyond their memory there."""
         stride, padding, dilation, groups = self._sizes
         return stride, padding if max(dilation) == 1 else [0, 0], dilation, groups
-
-    @property
-    def has_doubtful_kernels(self) -> bool:
-        """See :class:`Int8Layer`: groups of several channels, and large windows."""
-        outputs, inputs, *window = self.weight.shape
-        groups = self._sizes[-1]
-        return (groups > 1 and (outputs, inputs) != (groups, 1)) or max(window) > _FEW_TAPS
 
     def _pack(self, x: Tensor) -> Tensor:
         scales = self.weight_scale, self.given.scale, self.given.zero_point
