@@ -12,9 +12,9 @@ script, with a comparison of its own on inputs and a batch size that nothing has
 shapes and dtypes, only finite numbers, fewer parameters (prune, alds) or bytes (int8), an output that depends on the
 input (unless integers round it away), the same first row alone as in the batch (where the network's own is), the traced
 graph as it was, and an error below a bound: fold to the last half of the digits (or ten times the network's own
-rounding; above 1% of the output the same is asked of folding in float64), int8 less than the output itself, and its kernels
-about as near to the quantised graph as that is to the real one. If any of these does not hold although ``compile`` said
-nothing, that is a *silent error* and counts as failed, as do crashes and time limits.
+rounding; where that is above 1% of the output the same is asked of folding in float64), int8 less than the output
+itself, and its kernels about as near to the quantised graph as that is to the real one. If any of these does not hold
+although ``compile`` said nothing, that is a *silent error* and counts as failed, as do crashes and time limits.
 
 Run ``python benchmarks/zoo.py [--sets timm,hf] [--models REGEX] [--columns fold,int8] [--timeout 300] [--memory 14]``.
 Results are appended to ``--out`` as they come; what is there is not run again, unless ``--again`` names its
