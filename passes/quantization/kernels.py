@@ -134,9 +134,6 @@ class Int8Layer(IntegerLayer):
         post: what follows.
         adds: whether another tensor is added before that.
         other: the scale of that; ``None`` if it is real.
-
-    Attributes:
-        has_doubtful_kernels: whether some kernels for such layers are wrong, by the shape of the input.
     """
 
     def __init__(
@@ -150,7 +147,6 @@ class Int8Layer(IntegerLayer):
     ) -> None:
         super().__init__(holder)
         self.given, self.made, self.post, self.adds, self.other = given, made, post, adds, other
-        self.has_doubtful_kernels = False
         self._tried: dict[tuple[int, ...], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,16 +161,25 @@ class Int8Layer(IntegerLayer):
 
     def _has_kernel(self, x: Tensor, other: Tensor | None) -> bool:
         """Whether the kernel for such inputs is right, which is tried once."""
-        key = tuple(x.shape) if self.has_doubtful_kernels else ()
-        found = self._tried.get(key)
+        shape = tuple(x.shape)
+        found = self._tried.get(shape)
         if found is None:
             if type(x) is not Tensor or not x.numel():
                 return True  # nothing that could be tried
-            found = self._tried[key] = is_right(self, x, other)
-            if not found:
-                text = f"{self} is computed in real numbers for inputs of shape {tuple(x.shape)}: {WRONG_KERNEL}"
-                warnings.warn(text, stacklevel=2)
+            if self._tried and not self.has_doubtful_kernels:
+                found = next(iter(self._tried.values()))
+            else:
+                found = is_right(self, x, other)
+                if not found:
+                    text = f"{self} is computed in real numbers for inputs of shape {shape}: {WRONG_KERNEL}"
+                    warnings.warn(text, stacklevel=2)
+            self._tried[shape] = found
         return found
+
+    @property
+    def has_doubtful_kernels(self) -> bool:
+        """Whether some kernels for such layers are wrong, by the shape of the input."""
+        return False
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What :meth:`forward` stands for, in real numbers."""
@@ -221,9 +226,13 @@ class Int8Conv(Int8Layer):
     ) -> None:
         super().__init__(*args, **options)
         self._sizes = (stride, padding, dilation, groups)
+
+    @property
+    def has_doubtful_kernels(self) -> bool:
+        """See :class:`Int8Layer`: groups of several channels, and large windows."""
         outputs, inputs, *window = self.weight.shape
-        grouped = groups > 1 and (outputs, inputs) != (groups, 1)
-        self.has_doubtful_kernels = grouped or max(window) > _FEW_TAPS
+        groups = self._sizes[-1]
+        return (groups > 1 and (outputs, inputs) != (groups, 1)) or max(window) > _FEW_TAPS
 
     @property
     def _sizes_of_kernel(self) -> tuple[list[int], list[int], list[int], int]:
